@@ -1,0 +1,1 @@
+"""WHERE it runs, and what happens when it breaks. Ray only in `ray_*.py`."""

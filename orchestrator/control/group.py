@@ -1,0 +1,50 @@
+"""WorkerGroup: the one interface behind which workers live."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Protocol
+
+from orchestrator.spec.messages import Message
+from orchestrator.spec.plan import RunPlan
+
+
+class Request(Enum):
+    """What the driver may ask of running workers."""
+
+    SAVE = "save"
+    SAVE_AND_STOP = "save_and_stop"
+    STACKS = "stacks"
+
+
+class WorkerGroup(Protocol):
+    """All workers of one attempt: started together, killed together.
+
+    `RayGroup` runs them on a cluster, `InlineGroup` in this process, tests script their own.
+    """
+
+    def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
+        """Start every worker of the plan.
+
+        Raises:
+            ClusterError: a node or resource is not there.
+            StartFailed: a worker's process could not be started.
+        """
+
+    def poll(self, timeout_s: float) -> list[Message]:
+        """Wait until something is heard, at most `timeout_s`; a lost worker is a `Death`."""
+
+    def request(self, request: Request) -> None:
+        """Ask every worker for something; answers come as messages, stacks as files."""
+
+    def prove_export(self) -> None:
+        """Run the clean-process check of the exported model on the chief's node.
+
+        It writes `paths.proof` and, when the model passes, `paths.mlflow_model_dir`.
+        """
+
+    def kill(self) -> None:
+        """End every process of the attempt; returns when they are proven gone."""
+
+    def close(self) -> None:
+        """Give back everything that outlives an attempt: actors, placement group, zygote, Ray."""

@@ -1,0 +1,79 @@
+"""The errors a user can meet, each with the exit code of `python -m orchestrator`."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line."""
+
+    DONE = 0
+    DIFFERENCE = 1
+    REFUSED = 2
+    JOB_FAILED = 3
+    NOTHING_TO_RESTORE = 4
+    STORAGE_FAILED = 5
+    CLUSTER_FAILED = 6
+    BUDGET_SPENT = 7
+    EXPORT_REFUSED = 8
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class OrchestratorError(Exception):
+    """An error with a message for the user; shown without a traceback.
+
+    The message says what was seen, the rule it breaks and the key or command that mends it.
+    Subclasses carry one string, so that they survive pickling between processes.
+    """
+
+    exit_code: ExitCode = ExitCode.REFUSED
+
+
+class ConfigError(OrchestratorError):
+    """The configuration is refused."""
+
+
+class PlanError(OrchestratorError):
+    """The configuration is well-formed but nothing sensible can be planned from it."""
+
+
+class JobError(OrchestratorError):
+    """The user's own code, data or loss failed."""
+
+    exit_code = ExitCode.JOB_FAILED
+
+
+class RestoreError(OrchestratorError):
+    """There is no valid checkpoint to resume from, or it does not fit the model."""
+
+    exit_code = ExitCode.NOTHING_TO_RESTORE
+
+
+class StorageError(OrchestratorError):
+    """The run folder cannot be written."""
+
+    exit_code = ExitCode.STORAGE_FAILED
+
+
+class ClusterError(OrchestratorError):
+    """Ray, a node or a resource is not there."""
+
+    exit_code = ExitCode.CLUSTER_FAILED
+
+
+class StartFailed(ClusterError):
+    """A worker did not get as far as its first step, and it was not the job's fault."""
+
+
+class BudgetSpent(OrchestratorError):
+    """The recovery policy gave up."""
+
+    exit_code = ExitCode.BUDGET_SPENT
+
+
+class ExportError(OrchestratorError):
+    """The model was trained, but its export did not pass the proof."""
+
+    exit_code = ExitCode.EXPORT_REFUSED

@@ -1,0 +1,1 @@
+"""WHAT to run: config, plan, paths and messages. Standard library only."""

@@ -1,0 +1,239 @@
+"""The frozen records that cross from worker to driver, and the order that starts a worker.
+
+Every record carries the worker (index in TF_CONFIG), the attempt and `time`, in Unix seconds,
+stamped where the thing happened: the journal and MLflow keep that time, so that sending a record
+twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.spec.plan import RunPlan
+
+
+class Phase(Enum):
+    """What a worker is doing; each phase has its own patience."""
+
+    starting = "starting"
+    importing = "importing"
+    connecting = "connecting"
+    loading_data = "loading data"
+    building = "building"
+    restoring = "restoring"
+    tracing = "tracing"
+    stepping = "stepping"
+    evaluating = "evaluating"
+    saving = "saving"
+    exporting = "exporting"
+    ending = "ending"
+
+
+class Cause(Enum):
+    """Whose fault a failure is; budgets and exit codes follow from it."""
+
+    job = "job"
+    worker = "worker"
+    start = "start"
+    cluster = "cluster"
+    restore = "restore"
+    storage = "storage"
+    export = "export"
+    collateral = "collateral"
+
+
+class Outcome(Enum):
+    """How a worker ended without failing."""
+
+    completed = "completed"
+    stopped = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What every record carries."""
+
+    worker: int
+    attempt: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beacon(Message):
+    """A sign of life: where the worker is."""
+
+    phase: Phase
+    step: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready(Message):
+    """The worker has its devices and its model; sent once, before the first step."""
+
+    host: str
+    pid: int
+    devices: tuple[str, ...]
+    cpu_threads: int
+    replica_batch_sizes: tuple[int, ...]
+    num_parameters: int
+    start_step: int
+    restored_from: str | None
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataUsed(Message):
+    """A split as the chief found it."""
+
+    split: str
+    name: str
+    source: str
+    digest: str
+    num_examples: int
+    features: Mapping[str, str]  # name -> "uint8 [28, 28]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockDone(Message):
+    """One block of steps: `steps first_step+1 .. first_step+num_steps` are done.
+
+    `loss`, `metrics` and `learning_rate` hold one reduced value a step, from the chief only;
+    other workers leave them empty. `wall_s` is the whole block, `data_wait_s` the part of it
+    spent waiting for input. `ledger` is the sum, modulo 2^64, of the hashes of (id, step) of
+    every example that this worker's replicas used.
+    """
+
+    first_step: int
+    num_steps: int
+    wall_s: float
+    data_wait_s: float
+    ledger: int
+    loss: tuple[float, ...] = ()
+    metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    learning_rate: tuple[float, ...] = ()
+    skipped_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated(Message):
+    """The whole eval split was evaluated at `step`; `metrics` includes `loss`."""
+
+    step: int
+    metrics: Mapping[str, float]
+    num_examples: int
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved(Message):
+    """A checkpoint is in place and durable. `stall_s` is how long steps waited for it."""
+
+    step: int
+    path: str
+    num_bytes: int
+    wall_s: float
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported(Message):
+    """The chief has written the SavedModel and the golden batch."""
+
+    step: int
+    path: str
+    input_dtype: str
+    input_shape: tuple[int | None, ...]
+    output_dtype: str
+    output_shape: tuple[int | None, ...]
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice(Message):
+    """Something the user should read; it stops nothing."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(Message):
+    """The worker cannot go on. `user_frame` is `file:line in function: source line`."""
+
+    step: int
+    phase: Phase
+    cause: Cause
+    error: str
+    user_frame: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended(Message):
+    """The worker's last word when all went well."""
+
+    step: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Death(Message):
+    """A worker's process or its agent is gone; made by the agent or the group, not by the worker.
+
+    `error` is one line; `exit_status` is the process's, negative for a signal, None if unknown.
+    """
+
+    error: str
+    exit_status: int | None
+    log_path: str
+    log_tail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOrder:
+    """What an agent hands to the process it forks.
+
+    Attributes:
+        addresses: `host:port` of every worker, in TF_CONFIG order; empty without multi_worker.
+        visible_gpus: value of CUDA_VISIBLE_DEVICES, "" for none.
+        restore_from: a checkpoint folder, or None to start at step 0.
+    """
+
+    plan: RunPlan
+    worker: int
+    attempt: int
+    addresses: tuple[str, ...]
+    visible_gpus: str
+    restore_from: str | None
+
+
+MESSAGE_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind
+    for kind in (
+        Beacon,
+        Ready,
+        DataUsed,
+        BlockDone,
+        Evaluated,
+        Saved,
+        Exported,
+        Notice,
+        Failed,
+        Ended,
+        Death,
+    )
+}
+
+
+def to_record(message: Message) -> dict[str, Any]:
+    """Turn a message into a JSON-able dict with its kind under `kind`."""
+    record: dict[str, Any] = {"kind": type(message).__name__}
+    for item in dataclasses.fields(message):
+        value = getattr(message, item.name)
+        record[item.name] = value.value if isinstance(value, Enum) else value
+    return record

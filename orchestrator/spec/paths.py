@@ -1,0 +1,94 @@
+"""Every file and folder of a run, named once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """The run folder `runs/<job>/<run>/` and what lies in it.
+
+    Attributes:
+        root: absolute path of the run folder; the same on every node.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, YAML."""
+        return self.root / "config.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        """The overrides as typed, one a line."""
+        return self.root / "overrides.txt"
+
+    @property
+    def plan(self) -> Path:
+        """What `make plan` prints for this run."""
+        return self.root / "plan.txt"
+
+    @property
+    def journal(self) -> Path:
+        """The durable log: one checksummed JSON record a line."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def lease(self) -> Path:
+        """Locked by the one driver that holds this run."""
+        return self.root / ".lease"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Holds `step-00001200/` folders and one staging folder an attempt."""
+        return self.root / "checkpoints"
+
+    def staging_dir(self, attempt: int) -> Path:
+        """Where an attempt writes checkpoints before they are renamed into place."""
+        return self.checkpoints_dir / f".attempt-{attempt}"
+
+    @property
+    def export_dir(self) -> Path:
+        """The SavedModel, its golden batch and the packaged MLflow model."""
+        return self.root / "export"
+
+    @property
+    def saved_model_dir(self) -> Path:
+        """The exported SavedModel."""
+        return self.export_dir / "saved_model"
+
+    @property
+    def golden(self) -> Path:
+        """Inputs and the live model's answers, NumPy .npz, for the proof of the export."""
+        return self.export_dir / "golden.npz"
+
+    @property
+    def mlflow_model_dir(self) -> Path:
+        """The SavedModel packaged as an MLflow model."""
+        return self.export_dir / "mlflow_model"
+
+    @property
+    def proof(self) -> Path:
+        """What the clean process found out about the export, JSON."""
+        return self.export_dir / "proof.json"
+
+    @property
+    def logs_dir(self) -> Path:
+        """Logs of the driver and of each worker of each attempt."""
+        return self.root / "logs"
+
+    @property
+    def driver_log(self) -> Path:
+        """Everything the driver did, with times."""
+        return self.logs_dir / "driver.log"
+
+    def worker_log(self, attempt: int, worker: int) -> Path:
+        """Standard output and error of one worker in one attempt."""
+        return self.logs_dir / f"attempt-{attempt}" / f"worker-{worker}.log"
+
+    def worker_stacks(self, attempt: int, worker: int) -> Path:
+        """Python stacks of one worker, written on request."""
+        return self.logs_dir / f"attempt-{attempt}" / f"worker-{worker}.stacks"

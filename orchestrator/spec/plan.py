@@ -1,0 +1,178 @@
+"""RunConfig -> RunPlan: pure arithmetic, placement and TF_CONFIG."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from orchestrator.errors import PlanError
+from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.schema import ClusterName, RunConfig, StrategyName
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What one host offers to workers; every host of a run is taken to be alike."""
+
+    num_cpus: int
+    num_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """The frozen, printable consequence of a config.
+
+    Attributes:
+        config: the whole configuration, resolved.
+        run: name of the run; also the name of its folder and the tag that finds it in MLflow.
+        paths: where everything of this run lies.
+        num_workers: entries of TF_CONFIG.
+        devices_per_worker: devices, and so replicas, of each worker.
+        device_kind: "GPU" or "CPU".
+        cpus_per_worker: CPU cores, and so intra-op threads, of each worker.
+        replica_batch_sizes: examples a step for each replica, in replica order; the first
+            `G mod R` have one more.
+        steps_per_epoch: examples / global batch size; not an integer when it does not divide.
+        total_steps: the last step.
+        eval_period: steps between evaluations, or None; a fraction when given in epochs.
+        eval_batch_size: examples a step for each replica in evaluation; the last is padded with
+            weight zero.
+        eval_steps: steps of one evaluation.
+        tracking_uri: MLflow's tracking URI, absolute.
+        artifact_root: where a local SQLite store keeps artifacts; None for a server, which decides.
+    """
+
+    config: RunConfig
+    run: str
+    paths: RunPaths
+    num_workers: int
+    devices_per_worker: int
+    device_kind: str
+    cpus_per_worker: int
+    replica_batch_sizes: tuple[int, ...]
+    steps_per_epoch: Fraction
+    total_steps: int
+    eval_period: Fraction | None
+    eval_batch_size: int
+    eval_steps: int
+    tracking_uri: str
+    artifact_root: str | None
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the model over all workers."""
+        return self.num_workers * self.devices_per_worker
+
+    def worker_replicas(self, worker: int) -> range:
+        """Indices, among all replicas, of those of one worker."""
+        first = worker * self.devices_per_worker
+        return range(first, first + self.devices_per_worker)
+
+    def tf_config(self, addresses: tuple[str, ...], worker: int) -> str:
+        """The TF_CONFIG of one worker, JSON."""
+        task = {"type": "worker", "index": worker}
+        return json.dumps({"cluster": {"worker": list(addresses)}, "task": task})
+
+
+def make_plan(config: RunConfig, *, run: str, host: Host, cwd: Path) -> RunPlan:
+    """Work out everything that follows from a config.
+
+    Args:
+        config: a validated configuration.
+        run: the name of the run.
+        host: what each host offers.
+        cwd: what relative paths are relative to; absolute.
+
+    Raises:
+        PlanError: nothing sensible follows from the numbers.
+    """
+    num_workers = config.strategy.num_workers
+    devices, kind = _devices(config, host)
+    replicas = num_workers * devices
+    batch = config.train.global_batch_size
+    if batch < replicas * config.train.micro_batches:
+        raise PlanError(
+            f"train.global_batch_size={batch} leaves some of the {replicas} replicas "
+            f"(strategy.num_workers={num_workers} x devices_per_worker={devices}) without an "
+            f"example in some of the {config.train.micro_batches} micro-batches "
+            f"(train.micro_batches); raise it to at least {replicas * config.train.micro_batches}"
+        )
+    steps_per_epoch = Fraction(config.data.num_examples, batch)
+    eval_batch = min(math.ceil(batch / replicas), config.data.num_eval_examples or 1)
+    root = (cwd / config.runs_dir).resolve()
+    uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
+    return RunPlan(
+        config=config,
+        run=run,
+        paths=RunPaths(root / config.job.name / run),
+        num_workers=num_workers,
+        devices_per_worker=devices,
+        device_kind=kind,
+        cpus_per_worker=_cpus_per_worker(config, host),
+        replica_batch_sizes=split_evenly(batch, replicas),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=_total_steps(config, steps_per_epoch),
+        eval_period=_eval_period(config, steps_per_epoch),
+        eval_batch_size=eval_batch,
+        eval_steps=math.ceil(config.data.num_eval_examples / (eval_batch * replicas)),
+        tracking_uri=uri,
+        artifact_root=str(root / "mlartifacts") if uri.startswith("sqlite:") else None,
+    )
+
+
+def split_evenly(total: int, parts: int) -> tuple[int, ...]:
+    """Split `total` into `parts` sizes that differ by at most one, the larger ones first."""
+    small, extra = divmod(total, parts)
+    return tuple(small + (index < extra) for index in range(parts))
+
+
+def _devices(config: RunConfig, host: Host) -> tuple[int, str]:
+    """Devices of each worker and their kind."""
+    asked = config.strategy.devices_per_worker
+    if config.strategy.name is StrategyName.one_device:
+        return 1, "GPU" if host.num_gpus else "CPU"
+    if asked == "auto":
+        return (host.num_gpus, "GPU") if host.num_gpus else (1, "CPU")
+    count = int(asked)
+    if host.num_gpus == 0:
+        if config.strategy.name is StrategyName.multi_worker and count > 1:
+            raise PlanError(
+                f"strategy.devices_per_worker={count} with strategy=multi_worker and no GPU: "
+                "TensorFlow gives a CPU worker one device; set strategy.devices_per_worker=1 and "
+                f"raise strategy.num_workers, or use strategy=mirrored on one host"
+            )
+        return count, "CPU"
+    if count > host.num_gpus:
+        raise PlanError(
+            f"strategy.devices_per_worker={count} but each host has {host.num_gpus} GPU(s); "
+            f"set strategy.devices_per_worker to at most {host.num_gpus}, or to auto"
+        )
+    return count, "GPU"
+
+
+def _cpus_per_worker(config: RunConfig, host: Host) -> int:
+    """CPU cores of each worker: what is asked, else an equal share of the host for local workers."""
+    if config.cluster.cpus_per_worker is not None:
+        return config.cluster.cpus_per_worker
+    if config.cluster.name is ClusterName.existing:
+        return 1
+    return max(1, host.num_cpus // config.strategy.num_workers)
+
+
+def _total_steps(config: RunConfig, steps_per_epoch: Fraction) -> int:
+    if config.train.steps is not None:
+        return config.train.steps
+    return math.ceil(Fraction(config.train.epochs or 0) * steps_per_epoch)
+
+
+def _eval_period(config: RunConfig, steps_per_epoch: Fraction) -> Fraction | None:
+    if config.data.num_eval_examples == 0:
+        return None
+    if config.train.eval_every_steps is not None:
+        return Fraction(config.train.eval_every_steps)
+    if config.train.eval_every_epochs is not None:
+        return Fraction(config.train.eval_every_epochs) * steps_per_epoch
+    return None

@@ -1,0 +1,242 @@
+"""The schema of `conf/`: one dataclass per section. The values live in YAML.
+
+The dataclasses are not frozen because OmegaConf refuses every override of a frozen one; nobody
+changes a config after `load_config` has returned it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class StrategyName(Enum):
+    """How replicas are spread: tf.distribute's own names."""
+
+    one_device = "one_device"
+    mirrored = "mirrored"
+    multi_worker = "multi_worker"
+
+
+class ClusterName(Enum):
+    """Where workers run: a Ray started for this run, one that exists, or this very process."""
+
+    local = "local"
+    existing = "existing"
+    inline = "inline"
+
+
+class OptimizerName(Enum):
+    """Keras optimizers whose arguments are known here."""
+
+    adam = "adam"
+    adamw = "adamw"
+    sgd = "sgd"
+    rmsprop = "rmsprop"
+    lion = "lion"
+
+
+class ScheduleName(Enum):
+    """Learning-rate schedules, as factors of `optimizer.learning_rate`."""
+
+    constant = "constant"
+    cosine = "cosine"
+    piecewise = "piecewise"
+
+
+class Compile(Enum):
+    """How a block of steps is executed."""
+
+    auto = "auto"
+    graph = "graph"
+    xla = "xla"
+    eager = "eager"
+
+
+class OnNan(Enum):
+    """What a loss or gradient that is not finite does."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Precision(Enum):
+    """Keras dtype policies; float64 is for comparisons."""
+
+    float32 = "float32"
+    float64 = "float64"
+    mixed_bfloat16 = "mixed_bfloat16"
+
+
+class Placement(Enum):
+    """How Ray spreads workers over nodes: the names of its placement strategies."""
+
+    PACK = "PACK"
+    SPREAD = "SPREAD"
+    STRICT_PACK = "STRICT_PACK"
+    STRICT_SPREAD = "STRICT_SPREAD"
+
+
+@dataclass(kw_only=True, slots=True)
+class JobConfig:
+    """Which class to train. `args` are the constructor's arguments."""
+
+    name: str
+    class_name: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class StrategyConfig:
+    """How many workers, with how many devices each."""
+
+    name: StrategyName
+    num_workers: int
+    min_workers: int | None
+    devices_per_worker: str  # "auto" or a number: OmegaConf has no union of text and int
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """How to reach Ray, and what each worker may use of its node."""
+
+    name: ClusterName
+    address: str | None
+    placement: Placement
+    cpus_per_worker: int | None
+    start_timeout_s: float
+    driver_silence_s: float
+    fork: bool
+    port_range: str
+    trusted_network: bool
+    log_device_placement: bool
+    soft_placement: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerGroup:
+    """What one parameter group changes of the optimizer; null keeps the optimizer's value."""
+
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    beta_1: float | None = None
+    beta_2: float | None = None
+    epsilon: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    rho: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig(OptimizerGroup):
+    """A Keras optimizer by name; null leaves an argument at Keras's default."""
+
+    name: OptimizerName
+    clip_global_norm: float | None = None
+    groups: dict[str, OptimizerGroup] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """The learning rate over the steps, as a factor of `optimizer.learning_rate`."""
+
+    name: ScheduleName
+    warmup_steps: int
+    final_factor: float
+    boundaries: list[int]
+    factors: list[float]
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Sizes of the data, which the plan needs and the worker checks, and where it lies."""
+
+    num_examples: int
+    num_eval_examples: int
+    path: str | None
+    cache_dir: str
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """How long, how large, how often."""
+
+    global_batch_size: int
+    micro_batches: int
+    epochs: float | None
+    steps: int | None
+    eval_every_epochs: float | None
+    eval_every_steps: int | None
+    seed: int
+    compile: Compile
+    block_s: float
+    max_block_steps: int
+    on_nan: OnNan
+    deterministic: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """The dtype policy of the model."""
+
+    policy: Precision
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int | None
+    every_s: float | None
+    keep: int
+
+
+@dataclass(kw_only=True, slots=True)
+class RecoveryConfig:
+    """How patient and how stubborn the supervisor is."""
+
+    max_restarts: int
+    start_patience_s: float
+    step_patience_s: float
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where the record goes."""
+
+    uri: str | None
+    experiment: str | None
+    required: bool
+    log_every_steps: str  # "auto" or a number
+    timeout_s: float
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """The SavedModel at the end of a run."""
+
+    enabled: bool
+    register: str | None
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything a run is made from."""
+
+    job: JobConfig
+    strategy: StrategyConfig
+    cluster: ClusterConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    data: DataConfig
+    train: TrainConfig
+    precision: PrecisionConfig
+    checkpoint: CheckpointConfig
+    recovery: RecoveryConfig
+    tracking: TrackingConfig
+    export: ExportConfig
+    runs_dir: str
+    run_name: str | None
+    resume: str | None
+    resume_allow: list[str]
