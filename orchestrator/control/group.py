@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Protocol
 
-from orchestrator.spec.messages import Message
+from orchestrator.spec.messages import Message, Request
 from orchestrator.spec.plan import RunPlan
-
-
-class Request(Enum):
-    """What the driver may ask of running workers."""
-
-    SAVE = "save"
-    SAVE_AND_STOP = "save_and_stop"
-    STACKS = "stacks"
 
 
 class WorkerGroup(Protocol):

@@ -47,6 +47,14 @@ class Cause(Enum):
     collateral = "collateral"
 
 
+class Request(Enum):
+    """What the driver may ask of running workers."""
+
+    SAVE = "save"
+    SAVE_AND_STOP = "save_and_stop"
+    STACKS = "stacks"
+
+
 class Outcome(Enum):
     """How a worker ended without failing."""
 
