@@ -1,0 +1,77 @@
+# device: cpu or gpu; the one that .venv has, else gpu where nvidia-smi answers.
+# PYTHON: the interpreter to build .venv from, 3.11 to 3.13.
+ifndef device
+device := $(patsubst .venv/.stamp-%,%,$(firstword $(wildcard .venv/.stamp-cpu .venv/.stamp-gpu)))
+endif
+ifeq ($(device),)
+device := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
+endif
+ifeq ($(filter cpu gpu,$(device)),)
+$(error device=$(device) is neither cpu nor gpu)
+endif
+
+# Ray's hook for `uv run` would ship this folder to every worker and run uv again there.
+export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
+
+python := .venv/bin/python
+quote = '$(subst ','\'',$(1))'
+# exec: a signal to make reaches Python itself, and make waits for its clean end.
+orchestrator = @exec $(python) -m orchestrator
+job = $(if $(conf),job=$(call quote,$(conf)))
+
+# An environment that was moved with its folder, or whose set-up was cut short, is not used.
+stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
+    [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
+
+.PHONY: help setup train plan config ui submit test bench lint types lock clean FORCE
+.DEFAULT_GOAL := help
+
+help: ## Print these lines
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.stamp-$(device) ## Prepare .venv (device=cpu|gpu); the other targets do it by themselves
+
+train: .venv/.stamp-$(device) ## Train a job: conf=mnist args="strategy=multi_worker strategy.num_workers=2"
+	$(orchestrator) train $(job) $(args)
+
+plan: .venv/.stamp-$(device) ## Print what a training would do: conf=mnist
+	$(orchestrator) plan $(job) $(args)
+
+config: .venv/.stamp-$(device) ## Print the resolved configuration of a job: conf=mnist
+	$(orchestrator) config $(job) $(args)
+
+ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface
+	$(orchestrator) ui $(args)
+
+submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=http://head-node:8265
+	$(orchestrator) submit $(job) $(if $(address),cluster.address=$(call quote,$(address))) $(args)
+
+test: lint types ## Lint, types and all tests but tests/gpu (args= goes to pytest in place of that choice)
+	@exec $(python) -m pytest --durations=10 -rs $(or $(args),--ignore=tests/gpu)
+
+bench: .venv/.stamp-$(device) ## Measure against plain loops, keras fit and Ray Train
+	@exec $(python) -m benchmarks $(args)
+
+lint: .venv/.stamp-dev ## Check style and format with ruff
+	@$(python) -m ruff check --quiet
+	@$(python) -m ruff format --check --quiet || { \
+	    echo "not formatted as ruff does it; '$(python) -m ruff format' mends it" >&2; exit 1; }
+
+types: .venv/.stamp-dev ## Check types with mypy
+	@$(python) -m mypy
+
+lock: ## Resolve requirements/*.lock from pyproject.toml (args=--upgrade: to the newest versions)
+	@sh requirements/setup.sh lock $(args)
+
+clean: ## Remove .venv and caches; runs and data stay
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp is the mark of a finished set-up; it is made anew when its lock changes.
+.venv/.stamp-$(device): requirements/$(device).lock $(if $(stale),FORCE)
+	@sh requirements/setup.sh $(device)
+	@touch $@
+
+.venv/.stamp-dev: requirements/dev.lock .venv/.stamp-$(device)
+	@sh requirements/setup.sh dev
+	@touch $@
