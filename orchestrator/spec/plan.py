@@ -42,6 +42,8 @@ class RunPlan:
             weight zero.
         eval_steps: steps of one evaluation.
         tracking_uri: MLflow's tracking URI, absolute.
+        data_dir: where downloads are kept, absolute.
+        data_path: the user's own data, absolute, or None.
         artifact_root: where a local SQLite store keeps artifacts; None for a server, which decides.
     """
 
@@ -60,6 +62,8 @@ class RunPlan:
     eval_steps: int
     tracking_uri: str
     artifact_root: str | None
+    data_dir: str
+    data_path: str | None
 
     @property
     def num_replicas(self) -> int:
@@ -120,6 +124,8 @@ def make_plan(config: RunConfig, *, run: str, host: Host, cwd: Path) -> RunPlan:
         eval_steps=math.ceil(config.data.num_eval_examples / (eval_batch * replicas)),
         tracking_uri=uri,
         artifact_root=str(root / "mlartifacts") if uri.startswith("sqlite:") else None,
+        data_dir=str((cwd / config.data.cache_dir).resolve()),
+        data_path=None if config.data.path is None else str((cwd / config.data.path).resolve()),
     )
 
 

@@ -1,0 +1,198 @@
+"""Which examples a step uses, and how they reach the replicas.
+
+Position `p` of the run is example `permutation(seed, epoch = p // n)[p % n]`; step `s` consumes
+the positions `[s G, (s+1) G)`. Nothing else decides the order: not the number of workers, not
+restarts.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from orchestrator.train.sources import Source
+
+# Below this, RandomIndexShuffle's cipher works on too few bits to look random (measured).
+_SMALLEST_COMPUTED = 10_000
+_ROUNDS = 24
+_SEED_CONSTANT = 0x6F726465  # "orde": keeps the order apart from other uses of the same seed
+
+
+class Order:
+    """The order of examples over the whole run, computed instead of stored."""
+
+    def __init__(self, seed: int, num_examples: int):
+        self.seed = seed
+        self.num_examples = num_examples
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def examples(self, positions: np.ndarray) -> np.ndarray:
+        """Return which example stands at each position.
+
+        Args:
+            positions: int64 [n], positions of the run, from 0.
+
+        Returns:
+            int64 [n], each in [0, num_examples).
+        """
+        epochs, offsets = np.divmod(positions, self.num_examples)
+        if self.num_examples < _SMALLEST_COMPUTED:
+            return self._looked_up(epochs, offsets)
+        seeds = np.empty((len(positions), 3), np.int64)
+        seeds[:, 0] = _SEED_CONSTANT
+        seeds[:, 1] = self.seed
+        seeds[:, 2] = epochs
+        with tf.device("CPU:0"):
+            shuffled = tf.raw_ops.RandomIndexShuffle(
+                index=offsets, seed=seeds, max_index=self.num_examples - 1, rounds=_ROUNDS
+            )
+        return shuffled.numpy()
+
+    def _looked_up(self, epochs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        examples = np.empty_like(offsets)
+        wanted = np.unique(epochs)
+        for epoch in wanted:
+            here = epochs == epoch
+            examples[here] = self._permutation(int(epoch))[offsets[here]]
+        self._permutations = {epoch: self._permutation(epoch) for epoch in map(int, wanted)}
+        return examples
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            key = np.random.SeedSequence([_SEED_CONSTANT, self.seed, epoch])
+            generator = np.random.Generator(np.random.Philox(key))
+            self._permutations[epoch] = generator.permutation(self.num_examples)
+        return self._permutations[epoch]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of each global batch that one replica takes."""
+
+    offset: int
+    size: int
+
+    def positions(self, first_step: int, num_steps: int, global_batch_size: int) -> np.ndarray:
+        """Return the positions of this replica in the steps after `first_step`: [steps, size]."""
+        steps = np.arange(first_step, first_step + num_steps, dtype=np.int64)[:, None]
+        return steps * global_batch_size + self.offset + np.arange(self.size, dtype=np.int64)
+
+
+def make_shards(replica_batch_sizes: tuple[int, ...], replicas: range) -> list[Shard]:
+    """Return the shards of some replicas; the order of a batch is the order of the replicas."""
+    offsets = np.concatenate([[0], np.cumsum(replica_batch_sizes)])
+    return [Shard(int(offsets[r]), replica_batch_sizes[r]) for r in replicas]
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The input of one block for the local replicas.
+
+    Attributes:
+        ids: for each local replica the examples it uses, int64 [steps, batch of the replica].
+        features: for each local replica the fetched features, each [steps, batch, ...]; empty
+            dicts when the data is resident and gathered in graph.
+    """
+
+    ids: list[np.ndarray]
+    features: list[dict[str, np.ndarray]]
+
+
+class Feeder:
+    """Prepares the input of blocks, the next one while the present one runs."""
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        shards: list[Shard],
+        global_batch_size: int,
+        *,
+        resident: bool,
+    ):
+        self._source = source
+        self._order = order
+        self._shards = shards
+        self._global_batch_size = global_batch_size
+        self._resident = resident
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feeder")
+        self._ahead: tuple[int, int, Future[Feed]] | None = None
+
+    def prefetch(self, first_step: int, num_steps: int) -> None:
+        """Start to prepare a block that will probably be asked for."""
+        if num_steps > 0:
+            future = self._thread.submit(self._prepare, first_step, num_steps)
+            self._ahead = (first_step, num_steps, future)
+
+    def take(self, first_step: int, num_steps: int) -> Feed:
+        """Return the input of the steps after `first_step`."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == first_step and ahead[1] >= num_steps:
+            return _shortened(ahead[2].result(), num_steps)
+        return self._prepare(first_step, num_steps)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare(self, first_step: int, num_steps: int) -> Feed:
+        ids, features = [], []
+        for shard in self._shards:
+            positions = shard.positions(first_step, num_steps, self._global_batch_size)
+            chosen = self._order.examples(positions.reshape(-1))
+            ids.append(chosen.reshape(positions.shape))
+            features.append({} if self._resident else self._fetch(chosen, positions.shape))
+        return Feed(ids, features)
+
+    def _fetch(self, ids: np.ndarray, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        rows = self._source.fetch(ids)
+        return {name: array.reshape(*shape, *array.shape[1:]) for name, array in rows.items()}
+
+
+def _shortened(feed: Feed, num_steps: int) -> Feed:
+    return Feed(
+        [ids[:num_steps] for ids in feed.ids],
+        [{name: array[:num_steps] for name, array in part.items()} for part in feed.features],
+    )
+
+
+def evaluation_ids(
+    num_examples: int, first_step: int, num_steps: int, batch_size: int, replica: int, replicas: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which examples one replica evaluates in some steps, and their weights.
+
+    Every example is evaluated once; what is missing to fill the last batch is example 0 with
+    weight zero.
+
+    Returns:
+        ids int64 [num_steps, batch_size] and weights float32 of the same shape.
+    """
+    steps = np.arange(first_step, first_step + num_steps, dtype=np.int64)[:, None]
+    ids = (steps * replicas + replica) * batch_size + np.arange(batch_size, dtype=np.int64)
+    real = ids < num_examples
+    return np.where(real, ids, 0), real.astype(np.float32)
+
+
+def ledger_hash(ids: np.ndarray, first_step: int) -> int:
+    """Return the sum modulo 2^64 of a hash of (id, step) over the examples of a block.
+
+    Sums over replicas and workers are independent of how the batch was split, so the ledger of
+    two runs is equal exactly if each step used the same examples.
+
+    Args:
+        ids: int64 [steps, batch], as the steps really used them.
+        first_step: steps done before the block.
+
+    Source: the finalizer of SplitMix64 (Steele, Lea, Flood 2014).
+    """
+    steps = np.arange(first_step, first_step + len(ids), dtype=np.uint64)[:, None]
+    with np.errstate(over="ignore"):
+        mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + steps * np.uint64(
+            0xD1B54A32D192ED03
+        )
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int((mixed ^ (mixed >> np.uint64(31))).sum(dtype=np.uint64))

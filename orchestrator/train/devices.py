@@ -1,0 +1,127 @@
+"""From a worker's order to a strategy on the devices that were assigned to it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import keras
+import tensorflow as tf
+
+from orchestrator.errors import StartFailed
+from orchestrator.spec.messages import WorkerOrder
+from orchestrator.spec.schema import Precision, StrategyName
+
+_DIAL_INTERVAL_S = 0.02
+# A peer that stops answering is reported after this long; with the default, 9 to 24 s.
+_HEARTBEAT_TIMEOUT_MS = 2_000
+
+
+def configure_devices(order: WorkerOrder) -> list[str]:
+    """Bound TensorFlow to the assigned devices and threads; call before TensorFlow initialises.
+
+    Returns:
+        The logical devices of this worker, such as `CPU:0`.
+
+    Raises:
+        StartFailed: fewer devices are visible than the plan assigned.
+    """
+    plan = order.plan
+    os.environ["CUDA_VISIBLE_DEVICES"] = order.visible_gpus
+    config = plan.config
+    keras.config.set_floatx(
+        "float64" if config.precision.policy is Precision.float64 else "float32"
+    )
+    keras.config.set_dtype_policy(config.precision.policy.value)
+    tf.config.threading.set_intra_op_parallelism_threads(plan.cpus_per_worker)
+    tf.config.threading.set_inter_op_parallelism_threads(plan.cpus_per_worker)
+    tf.config.set_soft_device_placement(config.cluster.soft_placement)
+    tf.debugging.set_log_device_placement(config.cluster.log_device_placement)
+    if config.train.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    count = plan.devices_per_worker
+    physical = tf.config.list_physical_devices(plan.device_kind)
+    if plan.device_kind == "GPU":
+        if len(physical) < count:
+            raise StartFailed(
+                f"worker {order.worker} was assigned {count} GPU(s) "
+                f"(CUDA_VISIBLE_DEVICES={order.visible_gpus!r}) but TensorFlow sees "
+                f"{len(physical)}; is the gpu extra installed (make setup device=gpu)?"
+            )
+        for device in physical[:count]:
+            tf.config.experimental.set_memory_growth(device, True)
+    else:
+        tf.config.set_visible_devices([], "GPU")
+        if count > 1:
+            tf.config.set_logical_device_configuration(
+                physical[0], [tf.config.LogicalDeviceConfiguration()] * count
+            )
+    return [f"{plan.device_kind}:{index}" for index in range(count)]
+
+
+def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Strategy:
+    """Build the tf.distribute strategy of the plan; for several workers this connects them.
+
+    Raises:
+        StartFailed: the chief did not listen within `cluster.start_timeout_s`.
+    """
+    plan = order.plan
+    name = plan.config.strategy.name
+    on_gpu = plan.device_kind == "GPU"
+    if name is StrategyName.one_device:
+        return tf.distribute.OneDeviceStrategy(devices[0])
+    if name is StrategyName.mirrored:
+        reduction = (
+            tf.distribute.NcclAllReduce() if on_gpu else tf.distribute.ReductionToOneDevice()
+        )
+        return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
+    os.environ["TF_CONFIG"] = plan.tf_config(order.addresses, order.worker)
+    if order.worker > 0:
+        _await_chief(order)
+    _shorten_heartbeat(plan.num_workers)
+    # AUTO never selects NCCL in TensorFlow 2.
+    implementation = tf.distribute.experimental.CommunicationImplementation
+    return tf.distribute.MultiWorkerMirroredStrategy(
+        communication_options=tf.distribute.experimental.CommunicationOptions(
+            implementation=implementation.NCCL if on_gpu else implementation.RING
+        )
+    )
+
+
+def _await_chief(order: WorkerOrder) -> None:
+    """Wait until the chief listens: dialling too early costs a second of gRPC back-off."""
+    host, port = order.addresses[0].rsplit(":", 1)
+    limit = order.plan.config.cluster.start_timeout_s
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise StartFailed(
+                    f"worker {order.worker} waited {limit:g} s (cluster.start_timeout_s) for the "
+                    f"chief at {host}:{port}: {error}"
+                ) from error
+            time.sleep(_DIAL_INTERVAL_S)
+
+
+def _shorten_heartbeat(num_workers: int) -> None:
+    """Let a silent peer be noticed sooner.
+
+    TensorFlow 2.21 has no public setting for it (`MultiWorkerMirroredStrategy` configures the
+    service itself unless it is configured already); without this, silence is noticed later.
+    """
+    from tensorflow.core.protobuf import coordination_config_pb2
+    from tensorflow.python.eager import context
+
+    configure = getattr(context.context(), "configure_coordination_service", None)
+    if configure is not None:
+        jobs = [coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=num_workers)]
+        configure(
+            service_type="standalone",
+            service_leader="/job:worker/replica:0/task:0",
+            heartbeat_timeout_in_ms=_HEARTBEAT_TIMEOUT_MS,
+            coordinated_jobs=jobs,
+        )

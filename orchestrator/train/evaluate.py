@@ -1,0 +1,121 @@
+"""Exact evaluation over the whole eval split, under any number of replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import Compile
+from orchestrator.train.data import evaluation_ids
+from orchestrator.train.job import Batch, Job
+from orchestrator.train.sources import Source
+from orchestrator.train.step import Resident, feature_spec, local_replica
+from orchestrator.train.sums import Layout, weighted_sums
+
+# Steps of one call: bounds the memory of fetched features and the time between signs of life.
+_STEPS_PER_CALL = 64
+
+
+class Evaluation:
+    """Sums of loss and metrics over every example of the eval split, each exactly once.
+
+    The last batch is filled up with weight zero; batches are not padded in training, but here no
+    statistics depend on the batch.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        job: Job,
+        model: keras.Model,
+        strategy: tf.distribute.Strategy,
+        replicas: range,
+        source: Source,
+        resident: Resident,
+    ):
+        self.num_traces = 0
+        self._plan = plan
+        self._job = job
+        self._model = model
+        self._strategy = strategy
+        self._replicas = replicas
+        self._source = source
+        self._resident = resident
+        self._layout: Layout | None = None
+        size = plan.eval_batch_size
+        is_resident = resident.tables is not None
+        feed = (
+            tf.TensorSpec([None, size], tf.int64),
+            tf.TensorSpec([None, size], tf.float32),
+            feature_spec(source, size, resident=is_resident),
+        )
+        self._run: Any = self._block
+        if plan.config.train.compile is not Compile.eager:
+            self._run = tf.function(
+                self._block,
+                input_signature=[tf.TensorSpec([], tf.int32), [feed] * len(replicas)],
+            )
+
+    def run(self) -> dict[str, float]:
+        """Evaluate the whole split and return its loss and metrics."""
+        total: Any = None
+        for first in range(0, self._plan.eval_steps, _STEPS_PER_CALL):
+            num_steps = min(_STEPS_PER_CALL, self._plan.eval_steps - first)
+            feeds = [self._feed(first, num_steps, replica) for replica in self._replicas]
+            sums = self._run(tf.constant(num_steps, tf.int32), feeds)
+            part = self._strategy.experimental_local_results(sums)[0].numpy()
+            total = part if total is None else total + part
+        assert self._layout is not None
+        columns = self._layout.split(total[None, 1:])
+        sums_by_name = {name: column[0] for name, column in columns.items()}
+        return dict(self._job.summarise(sums_by_name, float(total[0])))
+
+    def _feed(self, first: int, num_steps: int, replica: int) -> Any:
+        plan = self._plan
+        ids, weights = evaluation_ids(
+            self._source.num_examples,
+            first,
+            num_steps,
+            plan.eval_batch_size,
+            replica,
+            plan.num_replicas,
+        )
+        features: Batch = {}
+        if self._resident.tables is None:
+            rows = self._source.fetch(ids.reshape(-1))
+            features = {
+                name: tf.constant(array.reshape(*ids.shape, *array.shape[1:]))
+                for name, array in rows.items()
+            }
+        return tf.constant(ids), tf.constant(weights), features
+
+    def _block(self, num_steps: Any, feeds: Sequence[Any]) -> Any:
+        self.num_traces += 1
+        return self._strategy.run(self._sum, (num_steps, feeds))
+
+    def _sum(self, num_steps: Any, feeds: Sequence[Any]) -> Any:
+        """Add up over the steps on one replica, then once over all replicas."""
+        local = local_replica(self._plan)
+        total = self._batch_sums(local, feeds, 0)
+        for i in tf.range(1, num_steps):
+            total += self._batch_sums(local, feeds, i)
+        if self._plan.num_replicas > 1:
+            context = tf.distribute.get_replica_context()
+            total = context.all_reduce(tf.distribute.ReduceOp.SUM, total)
+        return total
+
+    def _batch_sums(self, local: int, feeds: Sequence[Any], i: Any) -> Any:
+        """Return [weight, loss, metrics ...] summed over one batch, float64."""
+        ids, weights, features = feeds[local]
+        rows = self._resident.rows(local, ids[i], {k: value[i] for k, value in features.items()})
+        batch = self._job.prepare(rows, training=False, seeds=None)
+        with keras.StatelessScope(collect_losses=True, initialize_variables=False):
+            outcome = self._job.losses(self._model, batch, training=False)
+        self._layout, sums = weighted_sums(
+            outcome, self._plan.eval_batch_size, tf.float64, mask=weights[i]
+        )
+        return sums

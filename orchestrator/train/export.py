@@ -1,0 +1,97 @@
+"""The trained model as a SavedModel with one raw input, and the live model's answers to prove it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from orchestrator.errors import ExportError
+from orchestrator.spec.paths import RunPaths
+from orchestrator.train.job import Job
+from orchestrator.train.sources import Feature, Source
+
+# The proof compares answers at batch sizes up to this.
+_GOLDEN_EXAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Dtype and shape, batch first and free, of the served input and output."""
+
+    input_dtype: str
+    input_shape: tuple[int | None, ...]
+    output_dtype: str
+    output_shape: tuple[int | None, ...]
+
+
+class _Served(tf.Module):
+    """What the SavedModel holds: one function of raw inputs and the variables it reads."""
+
+    def __init__(self, job: Job, model: keras.Model, spec: tf.TensorSpec):
+        super().__init__()
+        # Only the variables are tracked: Keras layers would bring functions of their own along.
+        self.state = [variable.value for variable in model.variables]
+        answer = tf.function(lambda inputs: job.serve(model, inputs), input_signature=[spec])
+        self.answer = answer
+
+    @tf.function
+    def __call__(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Answer raw inputs."""
+        return self.answer(inputs)
+
+
+def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) -> Signature:
+    """Write the SavedModel and the golden batch.
+
+    The variables are copied into a second model built outside the strategy, so that the SavedModel
+    is the same whatever the strategy was.
+
+    Args:
+        job: whose `serve` the SavedModel answers with.
+        model: the live model.
+        source: where golden inputs come from when `serve` takes feature `x`.
+        paths: of the run.
+
+    Raises:
+        ExportError: `serve` does not take one tensor and give one tensor with a free batch.
+    """
+    feature, inputs = _golden_inputs(job, source)
+    answers = job.serve(model, tf.constant(inputs))
+    if not tf.is_tensor(answers) or answers.shape.rank == 0 or answers.shape[0] != len(inputs):
+        found = getattr(answers, "shape", type(answers).__name__)
+        raise ExportError(
+            f"serve() gave {found} for {len(inputs)} inputs: return one tensor, [batch, ...]"
+        )
+    twin = job.model()
+    for copy, original in zip(twin.variables, model.variables, strict=True):
+        copy.assign(tf.convert_to_tensor(original.value))
+    spec = tf.TensorSpec([None, *feature.shape], feature.dtype, name="inputs")
+    served = _Served(job, twin, spec)
+    signature = tf.function(
+        lambda inputs: {"outputs": served.answer(inputs)}, input_signature=[spec]
+    )
+    shutil.rmtree(paths.export_dir, ignore_errors=True)
+    paths.export_dir.mkdir(parents=True)
+    tf.saved_model.save(served, str(paths.saved_model_dir), {"serving_default": signature})
+    np.savez(paths.golden, inputs=inputs, outputs=answers.numpy())
+    return Signature(
+        input_dtype=feature.dtype,
+        input_shape=(None, *feature.shape),
+        output_dtype=answers.dtype.name,
+        output_shape=(None, *answers.shape[1:].as_list()),
+    )
+
+
+def _golden_inputs(job: Job, source: Source) -> tuple[Feature, np.ndarray]:
+    """Return what `serve` takes and a batch of it: rows of the data, or noise where there are none."""
+    feature = job.serving_input()
+    if feature is None:
+        indices = np.arange(_GOLDEN_EXAMPLES, dtype=np.int64) % source.num_examples
+        return source.features["x"], source.fetch(indices)["x"]
+    shape = [_GOLDEN_EXAMPLES, *(size or 1 for size in feature.shape)]
+    noise = np.random.default_rng(0).standard_normal(shape)
+    return feature, noise.astype(feature.dtype)

@@ -1,0 +1,169 @@
+"""The class a user subclasses to describe what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from orchestrator.train.sources import Feature, Source, Split
+
+Batch = dict[str, Any]
+Gradients = dict[str, list[Any]]
+
+__all__ = ["Batch", "Feature", "Gradients", "Job", "Outcome", "Source", "Split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a batch costs, before any sum or mean is taken.
+
+    Attributes:
+        loss: float [batch], one value for each example.
+        terms: scalars added to the mean loss (regularisation, auxiliary losses), by name.
+        metrics: float [batch] or [batch, k] by name; reported as means over examples.
+        weight: float [batch], weight of each example; None for one each.
+    """
+
+    loss: Any
+    terms: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    weight: Any = None
+
+    def weights(self) -> Any:
+        """Return the weight of each example in the loss's dtype, [batch]."""
+        if self.weight is None:
+            return tf.ones_like(self.loss)
+        return tf.cast(self.weight, self.loss.dtype)
+
+    def objective(self, scale: Any) -> Any:
+        """Return the scalar to differentiate.
+
+        The terms are multiplied by the sum of the weights, because the reduced gradient is divided
+        by that sum over all replicas: `sum_r scale (sum w l + sum w t) / (scale sum w) = mean l + t`.
+
+        Args:
+            scale: what the step multiplies sums over examples by; float scalar.
+        """
+        weights = self.weights()
+        total = tf.reduce_sum(weights * self.loss)
+        if self.terms:
+            terms = tf.add_n([tf.cast(term, total.dtype) for term in self.terms.values()])
+            total += tf.reduce_sum(weights) * terms
+        return tf.cast(scale, total.dtype) * total
+
+
+class Job:
+    """A model, its data and its loss. Subclass it in `jobs/` and name it in `conf/job/`.
+
+    A plain supervised job writes `model`, `source`, `loss` and `metrics`. Constructor arguments
+    come from `job.args` in the YAML. Everything else can be overridden when it is needed.
+
+    Attributes:
+        data_path: `data.path` of the configuration; set before `source` is called.
+        data_dir: `data.cache_dir`, where downloads are kept; set before `source` is called.
+    """
+
+    data_path: str | None = None
+    data_dir: str = "data"
+
+    def model(self) -> keras.Model:
+        """Build the model with its variables. Called inside `strategy.scope()`."""
+        raise NotImplementedError(f"{type(self).__name__} has no model()")
+
+    def source(self, split: Split) -> Source:
+        """Return the examples of a split. Called once for each split in every worker."""
+        raise NotImplementedError(f"{type(self).__name__} has no source()")
+
+    def prepare(self, batch: Batch, *, training: bool, seeds: Any) -> Batch:
+        """Scale or augment a batch, in graph.
+
+        Args:
+            batch: features as the source gives them, each [batch, ...].
+            training: False in evaluation and serving.
+            seeds: int64 [batch, 2], one stateless seed for each example, from (position in the
+                run, seed): augmentation that draws from them does not change with the number of
+                workers. None unless training.
+        """
+        return batch
+
+    def loss(self, batch: Batch, outputs: Any) -> Any:
+        """Return the loss of each example, [batch]; not its mean."""
+        raise NotImplementedError(f"{type(self).__name__} has neither loss() nor losses()")
+
+    def metrics(self, batch: Batch, outputs: Any) -> Mapping[str, Any]:
+        """Return what to report besides the loss, [batch] for each name."""
+        return {}
+
+    def losses(self, model: keras.Model, batch: Batch, *, training: bool) -> Outcome:
+        """Run the model on a prepared batch and return what it costs.
+
+        The default feeds `batch["x"]` and adds the model's own `add_loss` terms and regularisers.
+        Runs under `keras.StatelessScope`: what layers assign to their state is captured, reduced
+        over the replicas and assigned by the step.
+        """
+        outputs = model(batch["x"], training=training)
+        terms = {"regularisation": tf.add_n(model.losses)} if model.losses else {}
+        return Outcome(
+            loss=self.loss(batch, outputs), terms=terms, metrics=self.metrics(batch, outputs)
+        )
+
+    def parameter_groups(self, model: keras.Model) -> dict[str, list[keras.Variable]]:
+        """Name the sets of variables that have an optimizer each (`optimizer.groups.<name>`)."""
+        return {"all": model.trainable_variables}
+
+    def gradients(self, model: keras.Model, batch: Batch, scale: Any) -> tuple[Gradients, Outcome]:
+        """Differentiate. Override for nested or persistent tapes and several losses.
+
+        Args:
+            model: the model.
+            batch: a prepared batch.
+            scale: factor for sums over examples; pass it to `Outcome.objective`.
+
+        Returns:
+            For each parameter group one gradient a variable, not yet reduced over replicas; and
+            the outcome that is reported.
+        """
+        groups = self.parameter_groups(model)
+        variables = [variable.value for group in groups.values() for variable in group]
+        with tf.GradientTape() as tape:
+            outcome = self.losses(model, batch, training=True)
+            objective = outcome.objective(scale)
+        flat = iter(tape.gradient(objective, variables))
+        return {name: [next(flat) for _ in group] for name, group in groups.items()}, outcome
+
+    def summarise(self, sums: Mapping[str, Any], weight: float) -> Mapping[str, float]:
+        """Turn weighted sums over examples into metrics. Override for F1, AUC and the like.
+
+        Args:
+            sums: for `loss` and each metric the weighted sum, a scalar or [k].
+            weight: the sum of the weights.
+        """
+        means = {}
+        for name, total in sums.items():
+            if getattr(total, "ndim", 0):
+                means.update({f"{name}/{i}": float(part) / weight for i, part in enumerate(total)})
+            else:
+                means[name] = float(total) / weight
+        return means
+
+    def serve(self, model: keras.Model, inputs: Any) -> Any:
+        """Answer raw inputs: what the exported SavedModel does.
+
+        Args:
+            model: the trained model.
+            inputs: feature `x` as the source gives it, [batch, ...], or `serving_input`.
+        """
+        return model(self.prepare({"x": inputs}, training=False, seeds=None)["x"], training=False)
+
+    def serving_input(self) -> Feature | None:
+        """Return dtype and shape, without the batch, of what `serve` takes; None for feature `x`."""
+        return None
+
+
+def flatten_groups(groups: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Return the members of all groups in the order of the groups."""
+    return [member for group in groups.values() for member in group]

@@ -1,0 +1,251 @@
+"""The outer loop: blocks, due points, and the agreement at the end of each block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from orchestrator.errors import JobError
+from orchestrator.spec.messages import BlockDone, Evaluated, Outcome, Phase, Request
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import OnNan
+from orchestrator.train.checkpoint import Saver
+from orchestrator.train.data import Feeder, ledger_hash
+from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.optimizer import Optimizers
+from orchestrator.train.report import Reporter, Stopped
+from orchestrator.train.schedule import BlockLength, Schedule
+from orchestrator.train.step import BlockResult, TrainStep
+
+_SHOWN_IDS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What one worker would do after a block; `num_steps` counts from the chief only."""
+
+    save: bool = False
+    stop: bool = False
+    guilty: bool = False
+    num_steps: int = 0
+
+
+class Agreement:
+    """Lets all workers decide alike at the end of a block.
+
+    No worker acts on its own clock, signal or file: two that decide apart wait for ever in an
+    all-reduce. Their wishes are added up over all workers instead, and everyone acts on the sum.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy, plan: RunPlan, worker: int):
+        self._strategy = strategy
+        self._is_chief = worker == 0
+        self._alone = plan.num_workers == 1
+        self._replicas = plan.devices_per_worker
+        self._sum = tf.function(self._reduce, input_signature=[tf.TensorSpec([4], tf.float32)])
+
+    def decide(self, wish: Wish) -> Wish:
+        """Return what all workers do; every worker must call this equally often."""
+        if self._alone:
+            return wish
+        steps = wish.num_steps if self._is_chief else 0
+        own = tf.constant([wish.save, wish.stop, wish.guilty, steps], tf.float32)
+        save, stop, guilty, num_steps = self._sum(own).numpy()
+        return Wish(save > 0, stop > 0, guilty > 0, int(num_steps))
+
+    def _reduce(self, own: Any) -> Any:
+        def add_up(vector: Any) -> Any:
+            context = tf.distribute.get_replica_context()
+            # Every local replica brings its worker's wish along: a share each.
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, vector / self._replicas)
+
+        total = self._strategy.run(add_up, (own,))
+        return tf.round(self._strategy.experimental_local_results(total)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a loop drives."""
+
+    plan: RunPlan
+    worker: int
+    step: TrainStep
+    evaluation: Evaluation | None
+    feeder: Feeder
+    optimizers: Optimizers
+    saver: Saver | None
+    agreement: Agreement
+    reporter: Reporter
+    pending: Callable[[], set[Request]]
+    clock: Callable[[], float] = time.monotonic
+
+
+class Loop:
+    """Runs blocks from a step to the end, or until all workers agree to stop."""
+
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        self._plan = parts.plan
+        self._schedule = Schedule(parts.plan)
+        train = parts.plan.config.train
+        self._length = BlockLength(train.block_s, train.max_block_steps)
+        self._last_save = parts.clock()
+        self._is_chief = parts.worker == 0
+
+    def run(self, step: int) -> tuple[Outcome, int]:
+        """Train from after `step`.
+
+        Returns:
+            How it ended and the last step done.
+
+        Raises:
+            JobError: a loss or gradient is not finite and `train.on_nan` is stop.
+        """
+        num_steps = self._schedule.clip(step, self._length.steps)
+        self._parts.reporter.enter(Phase.tracing)
+        while step < self._plan.total_steps:
+            result, wall_s = self._block(step, num_steps)
+            step += num_steps
+            self._parts.reporter.step = step
+            if self._schedule.evaluation_due(step):
+                self._evaluate(step)
+            wish = self._wish(result, num_steps, wall_s)
+            decision = self._parts.agreement.decide(wish)
+            self._refuse_nan(result, step - num_steps, wish, decision)
+            if decision.save or decision.stop or self._schedule.checkpoint_due(step):
+                self._save(step)
+            if decision.stop and step < self._plan.total_steps:
+                return Outcome.stopped, step
+            num_steps = self._schedule.clip(step, decision.num_steps)
+        return Outcome.completed, step
+
+    def _block(self, step: int, num_steps: int) -> tuple[BlockResult, float]:
+        parts = self._parts
+        start = parts.clock()
+        feed = parts.feeder.take(step, num_steps)
+        data_wait_s = parts.clock() - start
+        after = step + num_steps
+        # A guess at the block after this one; a shorter one is cut from it.
+        parts.feeder.prefetch(after, self._schedule.clip(after, self._length.steps))
+        rates = parts.optimizers.learning_rates(num_steps) if self._is_chief else {}
+        result = parts.step.run(step, num_steps, feed)
+        wall_s = parts.clock() - start
+        self._report(step, num_steps, result, rates, (wall_s, data_wait_s))
+        if parts.reporter.phase is Phase.tracing:
+            parts.reporter.enter(Phase.stepping)
+        return result, wall_s
+
+    def _report(
+        self,
+        step: int,
+        num_steps: int,
+        result: BlockResult,
+        rates: dict[str, np.ndarray],
+        seconds: tuple[float, float],
+    ) -> None:
+        ledger = sum(ledger_hash(ids, step) for ids in result.ids) % 2**64
+        values: dict[str, Any] = {}
+        if self._is_chief:
+            series = step_means(result)
+            first, *others = rates
+            metrics = {name: as_floats(v) for name, v in series.items() if name != "loss"}
+            metrics |= {f"learning_rate/{name}": as_floats(rates[name]) for name in others}
+            values = {
+                "loss": as_floats(series["loss"]),
+                "metrics": metrics,
+                "learning_rate": as_floats(rates[first]),
+            }
+        self._parts.reporter.tell(
+            BlockDone,
+            first_step=step,
+            num_steps=num_steps,
+            wall_s=seconds[0],
+            data_wait_s=seconds[1],
+            ledger=ledger,
+            skipped_steps=tuple(int(i) + step + 1 for i in np.flatnonzero(~result.finite)),
+            **values,
+        )
+
+    def _wish(self, result: BlockResult, num_steps: int, wall_s: float) -> Wish:
+        self._length.measured(num_steps, wall_s)
+        requests = self._parts.pending()
+        every_s = self._plan.config.checkpoint.every_s
+        due = (
+            self._is_chief
+            and every_s is not None
+            and self._parts.clock() - self._last_save >= every_s
+        )
+        stop = Request.SAVE_AND_STOP in requests
+        return Wish(
+            save=due or Request.SAVE in requests,
+            stop=stop,
+            guilty=not result.local_finite.all(),
+            num_steps=self._length.steps,
+        )
+
+    def _evaluate(self, step: int) -> None:
+        parts = self._parts
+        assert parts.evaluation is not None
+        parts.reporter.enter(Phase.evaluating)
+        start = parts.clock()
+        metrics = parts.evaluation.run()
+        if self._is_chief:
+            parts.reporter.tell(
+                Evaluated,
+                step=step,
+                metrics=metrics,
+                num_examples=self._plan.config.data.num_eval_examples,
+                wall_s=parts.clock() - start,
+            )
+        parts.reporter.enter(Phase.stepping)
+
+    def _save(self, step: int) -> None:
+        if self._parts.saver is not None:
+            self._parts.saver.save(step)
+            self._last_save = self._parts.clock()
+
+    def _refuse_nan(self, result: BlockResult, first: int, own: Wish, all_workers: Wish) -> None:
+        """Stop at the first step that was not finite, told by the worker whose loss it was."""
+        if self._plan.config.train.on_nan is not OnNan.stop or result.finite.all():
+            return
+        index = int(np.flatnonzero(~result.finite)[0])
+        step = first + index + 1
+        if all_workers.guilty and not own.guilty:
+            raise Stopped(f"step {step} was not finite on another worker")
+        if not all_workers.guilty and not self._is_chief:
+            raise Stopped(f"step {step} was not finite; the chief tells about it")
+        what = "gradient" if result.local_finite[index].all() else "loss"
+        raise JobError(
+            f"the {what} is not finite at step {step}, worker {self._parts.worker}, examples "
+            f"{_guilty_ids(result, index)}; the update was not applied. Look at these examples, "
+            "lower optimizer.learning_rate, set optimizer.clip_global_norm, or skip such updates "
+            "with train.on_nan=skip"
+        )
+
+
+def step_means(result: BlockResult) -> dict[str, np.ndarray]:
+    """Return the weighted means of each step, [n]; a metric of k columns gives `name/0` to k-1."""
+    means = {}
+    for name, sums in result.sums.items():
+        if sums.ndim == 1:
+            means[name] = sums / result.weight
+        else:
+            means.update({f"{name}/{i}": sums[:, i] / result.weight for i in range(sums.shape[1])})
+    return means
+
+
+def as_floats(values: np.ndarray) -> tuple[float, ...]:
+    """Return an array as plain floats, which cross process borders without NumPy."""
+    return tuple(values.tolist())
+
+
+def _guilty_ids(result: BlockResult, index: int) -> str:
+    bad = [ids[index] for ids, ok in zip(result.ids, result.local_finite[index], strict=True) if not ok]
+    ids = np.concatenate(bad or [ids[index] for ids in result.ids]).tolist()
+    shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
+    return f"[{shown}{f', ... {len(ids)} in all' if len(ids) > _SHOWN_IDS else ''}]"

@@ -1,0 +1,158 @@
+"""Keras optimizers from typed configuration, one for each parameter group."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from orchestrator.errors import JobError
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import (
+    OptimizerConfig,
+    OptimizerGroup,
+    OptimizerName,
+    ScheduleConfig,
+    ScheduleName,
+)
+
+_CLASSES = {
+    OptimizerName.adam: keras.optimizers.Adam,
+    OptimizerName.adamw: keras.optimizers.AdamW,
+    OptimizerName.sgd: keras.optimizers.SGD,
+    OptimizerName.rmsprop: keras.optimizers.RMSprop,
+    OptimizerName.lion: keras.optimizers.Lion,
+}
+
+
+class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
+    """`base x warm-up x shape`, each a factor of the optimizer's step.
+
+    Warm-up is linear and reaches 1 at step `warmup_steps`; the cosine begins there and ends at
+    `total_steps` with `final_factor` (Loshchilov and Hutter 2017, equation 5, one period).
+    """
+
+    def __init__(self, base: float, config: ScheduleConfig, total_steps: int):
+        self._base = base
+        self._config = config
+        self._total_steps = total_steps
+
+    def __call__(self, step: Any) -> Any:
+        """Return the rate of the update after `step` updates, in float32."""
+        step = tf.cast(step, tf.float32)
+        warmup = self._config.warmup_steps
+        rate = tf.constant(self._base, tf.float32) * self._shape(step)
+        if warmup:
+            rate *= tf.minimum(1.0, (step + 1.0) / warmup)
+        return rate
+
+    @property
+    def is_constant(self) -> bool:
+        """Tell whether the rate never changes, so that no step needs to compute it."""
+        return self._config.name is ScheduleName.constant and self._config.warmup_steps == 0
+
+    def _shape(self, step: Any) -> Any:
+        config = self._config
+        if config.name is ScheduleName.cosine:
+            span = max(1, self._total_steps - config.warmup_steps)
+            done = tf.clip_by_value((step - config.warmup_steps) / span, 0.0, 1.0)
+            half = 0.5 * (1.0 + tf.cos(math.pi * done))
+            return config.final_factor + (1.0 - config.final_factor) * half
+        if config.name is ScheduleName.piecewise:
+            factors = tf.constant(config.factors, tf.float32)
+            passed = step[..., None] >= tf.constant(config.boundaries, tf.float32)
+            return tf.gather(factors, tf.reduce_sum(tf.cast(passed, tf.int32), axis=-1))
+        return tf.ones_like(step)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments, as Keras asks of a schedule."""
+        return {"base": self._base, "config": self._config, "total_steps": self._total_steps}
+
+
+class Optimizers:
+    """One Keras optimizer for each parameter group, applied to gradients already reduced."""
+
+    def __init__(self, plan: RunPlan, groups: Mapping[str, Sequence[keras.Variable]]):
+        """Build the optimizers and their slots; call inside `strategy.scope()`.
+
+        Raises:
+            JobError: the groups and `optimizer.groups` do not fit each other, or overlap.
+        """
+        _check_groups(plan.config.optimizer, groups)
+        self.groups = {name: list(variables) for name, variables in groups.items()}
+        self._rates: dict[str, LearningRate] = {}
+        self._optimizers = {}
+        for name, variables in self.groups.items():
+            optimizer = self._build(plan, name)
+            optimizer.build(variables)
+            # The gradients are sums over all replicas already; Keras must not add them up again
+            # (keras 3.15, backend/tensorflow/optimizer.py:_all_reduce_sum_gradients).
+            optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
+            self._optimizers[name] = optimizer
+
+    @property
+    def variables(self) -> dict[str, list[keras.Variable]]:
+        """All state of each group's optimizer."""
+        return {name: list(opt.variables) for name, opt in self._optimizers.items()}
+
+    def apply(self, gradients: Mapping[str, Sequence[Any]]) -> None:
+        """Update the variables of every group; call in replica context."""
+        for name, optimizer in self._optimizers.items():
+            optimizer.apply(gradients[name], self.groups[name])
+
+    def learning_rates(self, num_steps: int) -> dict[str, np.ndarray]:
+        """Return the rates of the next `num_steps` updates of each group, float32 [num_steps]."""
+        rates = {}
+        for name, schedule in self._rates.items():
+            first = int(self._optimizers[name].iterations.numpy())
+            rates[name] = schedule(tf.range(first, first + num_steps)).numpy()
+        return rates
+
+    def _build(self, plan: RunPlan, group: str) -> Any:
+        config = plan.config.optimizer
+        arguments = _arguments(config, config.groups.get(group))
+        rate = LearningRate(arguments["learning_rate"], plan.config.schedule, plan.total_steps)
+        self._rates[group] = rate
+        if not rate.is_constant:
+            arguments["learning_rate"] = rate
+        return _CLASSES[config.name](**arguments)
+
+
+def _arguments(config: OptimizerConfig, group: OptimizerGroup | None) -> dict[str, Any]:
+    """Return the arguments that are set, the group's before the optimizer's."""
+    arguments = {}
+    for item in dataclasses.fields(OptimizerGroup):
+        own = getattr(group, item.name) if group is not None else None
+        value = own if own is not None else getattr(config, item.name)
+        if value is not None:
+            arguments[item.name] = value
+    return arguments
+
+
+def _check_groups(
+    config: OptimizerConfig, groups: Mapping[str, Sequence[keras.Variable]]
+) -> None:
+    unknown = sorted(set(config.groups) - set(groups))
+    if unknown:
+        raise JobError(
+            f"optimizer.groups.{unknown[0]}: parameter_groups() of the job has "
+            f"{', '.join(sorted(groups))}; name one of these"
+        )
+    seen: dict[int, str] = {}
+    for name, variables in groups.items():
+        if not variables:
+            raise JobError(
+                f"parameter group {name!r} has no variables: the model has nothing to train there"
+            )
+        for variable in variables:
+            if id(variable) in seen:
+                raise JobError(
+                    f"variable {variable.path} is in the parameter groups {seen[id(variable)]!r} "
+                    f"and {name!r}; each variable may have one optimizer"
+                )
+            seen[id(variable)] = name

@@ -1,0 +1,87 @@
+"""When something is due, and how many steps the next block may run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from orchestrator.spec.plan import RunPlan
+
+_FIRST_BLOCK_STEPS = 1
+_GROWTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """Something due every so many steps; the period may be a fraction (an epoch that does not divide).
+
+    The k-th time it is due is step `ceil(k * steps)`.
+    """
+
+    steps: Fraction | None
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether it is due after `step` steps are done."""
+        if self.steps is None or step <= 0:
+            return False
+        return math.floor(step / self.steps) > math.floor((step - 1) / self.steps)
+
+    def next_due(self, step: int) -> int | None:
+        """Return the first due step after `step`, or None if it is never due."""
+        if self.steps is None:
+            return None
+        return math.ceil((math.floor(step / self.steps) + 1) * self.steps)
+
+
+class Schedule:
+    """The due points of one plan."""
+
+    def __init__(self, plan: RunPlan):
+        self.total_steps = plan.total_steps
+        self._evaluation = Period(plan.eval_period)
+        every = plan.config.checkpoint.every_steps
+        self._checkpoint = Period(None if every is None else Fraction(every))
+        self._has_evaluation = plan.eval_steps > 0
+
+    def evaluation_due(self, step: int) -> bool:
+        """Tell whether to evaluate after `step` steps; always at the end."""
+        at_end = step == self.total_steps
+        return self._has_evaluation and (at_end or self._evaluation.is_due(step))
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Tell whether to save after `step` steps; always at the end."""
+        return step == self.total_steps or self._checkpoint.is_due(step)
+
+    def clip(self, step: int, num_steps: int) -> int:
+        """Shorten a block that begins after `step` so that it does not pass a due point."""
+        dues = (self._evaluation.next_due(step), self._checkpoint.next_due(step), self.total_steps)
+        return max(0, min([num_steps, *(due - step for due in dues if due is not None)]))
+
+
+class BlockLength:
+    """How many steps fill a block of the wanted duration, learned from the blocks before.
+
+    The first block is one step: it traces, and a result is seen early. Lengths then grow by at
+    most a factor of 16 a block, because the first measurements are noisy.
+    """
+
+    def __init__(self, block_s: float, max_steps: int):
+        self._block_s = block_s
+        self._max_steps = max_steps
+        self._steps = _FIRST_BLOCK_STEPS
+        self._warm = False
+
+    @property
+    def steps(self) -> int:
+        """The wanted length of the next block."""
+        return self._steps
+
+    def measured(self, num_steps: int, wall_s: float) -> None:
+        """Learn from a finished block. The first one is not learned from: it traced."""
+        if not self._warm:
+            self._warm = True
+            self._steps = min(self._max_steps, _GROWTH) if wall_s < 30 * self._block_s else 1
+            return
+        fitting = int(self._block_s * num_steps / max(wall_s, 1e-9))
+        self._steps = max(1, min(self._max_steps, fitting, self._steps * _GROWTH))
