@@ -13,7 +13,7 @@ from orchestrator.spec.schema import Compile
 from orchestrator.train.data import evaluation_ids
 from orchestrator.train.job import Batch, Job
 from orchestrator.train.sources import Source
-from orchestrator.train.step import Resident, feature_spec, local_replica
+from orchestrator.train.step import Captured, Resident, feature_spec, local_replica
 from orchestrator.train.sums import Layout, weighted_sums
 
 # Steps of one call: bounds the memory of fetched features and the time between signs of life.
@@ -113,7 +113,7 @@ class Evaluation:
         ids, weights, features = feeds[local]
         rows = self._resident.rows(local, ids[i], {k: value[i] for k, value in features.items()})
         batch = self._job.prepare(rows, training=False, seeds=None)
-        with keras.StatelessScope(collect_losses=True, initialize_variables=False):
+        with Captured():
             outcome = self._job.losses(self._model, batch, training=False)
         self._layout, sums = weighted_sums(
             outcome, self._plan.eval_batch_size, tf.float64, mask=weights[i]

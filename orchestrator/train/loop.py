@@ -245,7 +245,9 @@ def as_floats(values: np.ndarray) -> tuple[float, ...]:
 
 
 def _guilty_ids(result: BlockResult, index: int) -> str:
-    bad = [ids[index] for ids, ok in zip(result.ids, result.local_finite[index], strict=True) if not ok]
+    bad = [
+        ids[index] for ids, ok in zip(result.ids, result.local_finite[index], strict=True) if not ok
+    ]
     ids = np.concatenate(bad or [ids[index] for ids in result.ids]).tolist()
     shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
     return f"[{shown}{f', ... {len(ids)} in all' if len(ids) > _SHOWN_IDS else ''}]"

@@ -134,9 +134,7 @@ def _arguments(config: OptimizerConfig, group: OptimizerGroup | None) -> dict[st
     return arguments
 
 
-def _check_groups(
-    config: OptimizerConfig, groups: Mapping[str, Sequence[keras.Variable]]
-) -> None:
+def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[keras.Variable]]) -> None:
     unknown = sorted(set(config.groups) - set(groups))
     if unknown:
         raise JobError(

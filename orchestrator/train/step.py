@@ -91,6 +91,22 @@ def local_replica(plan: RunPlan) -> int:
     return int(replica) % plan.devices_per_worker
 
 
+class Captured(keras.StatelessScope):
+    """Catches what layers assign to their state, so that the step decides what becomes of it.
+
+    Keras's own scope answers None for variables it was not given, which its regularisers then
+    take for the value (keras 3.15, layers/layer.py:_get_regularization_losses).
+    """
+
+    def __init__(self, state: Sequence[tuple[keras.Variable, Any]] = ()):
+        super().__init__(state, collect_losses=True, initialize_variables=False)
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """Return the value assigned in the scope, else the variable itself, which tapes watch."""
+        value = super().get_current_value(variable)
+        return variable._value if value is None else value
+
+
 class TrainStep:
     """The model's training, K steps at a time.
 
@@ -187,7 +203,9 @@ class TrainStep:
             ok = tf.math.is_finite(norm) & tf.math.is_finite(values[-1][1])
             if ok:
                 self._strategy.run(self._apply, (reduced, norm))
-            local = [tf.cast(x, dtype) for x in self._strategy.experimental_local_results(local_loss)]
+            local = [
+                tf.cast(x, dtype) for x in self._strategy.experimental_local_results(local_loss)
+            ]
             rows = rows.write(i, tf.concat([tf.cast(values[-1], dtype), tf.stack(local)], 0))
             finite = finite.write(i, ok)
             parts = self._strategy.experimental_local_results(used)
@@ -230,11 +248,13 @@ class TrainStep:
                 *((self._moving[index], value) for index, value in moved.items()),
                 *zip(self._seeds, self._layer_seeds(local, step, micro), strict=True),
             ]
-            with keras.StatelessScope(
-                state, collect_losses=True, initialize_variables=False
-            ) as scope:
+            with Captured(state) as scope:
                 grouped, outcome = self._job.gradients(self._model, batch, self._scale)
-            moved = self._moved_state(scope)
+            moved = {
+                index: scope.state_mapping[id(variable)]
+                for index, variable in enumerate(self._moving)
+                if id(variable) in scope.state_mapping
+            }
             parts = self._checked_gradients(grouped)
             gradients = [a + b for a, b in zip(gradients, parts, strict=True)] if micro else parts
             self._layout, part = weighted_sums(outcome, size, self._sum_dtype())
@@ -242,11 +262,6 @@ class TrainStep:
             start += size
         self._moved = [self._moving[index] for index in moved]
         return gradients, list(moved.values()), sums
-
-    def _moved_state(self, scope: keras.StatelessScope) -> dict[int, Any]:
-        """Return what layers assigned to their state, such as BatchNorm's moving statistics."""
-        values = {i: scope.get_current_value(variable) for i, variable in enumerate(self._moving)}
-        return {index: value for index, value in values.items() if value is not None}
 
     def _apply(self, reduced: Sequence[Any], norm: Any) -> None:
         """Update the variables of one replica from reduced values."""

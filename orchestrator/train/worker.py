@@ -66,9 +66,7 @@ def run(
     return 0
 
 
-def _live(
-    order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Request]]
-) -> None:
+def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Request]]) -> None:
     plan, is_chief = order.plan, order.worker == 0
     devices = configure_devices(order)
     reporter.enter(Phase.connecting, ", ".join(devices))
@@ -132,9 +130,7 @@ def _live(
         Parts(
             plan=plan,
             worker=order.worker,
-            step=TrainStep(
-                plan, job, model, optimizers, strategy, shards, train_source, resident
-            ),
+            step=TrainStep(plan, job, model, optimizers, strategy, shards, train_source, resident),
             evaluation=evaluation,
             feeder=feeder,
             optimizers=optimizers,
@@ -193,7 +189,7 @@ def load_source(job: Job, plan: RunPlan, split: Split) -> Source:
     if not isinstance(source, Source):
         raise JobError(
             f"source({split.name}) returned {type(source).__name__}; return a Source, such as "
-            "ArraySource(x=..., y=...)"
+            "ArraySource({'x': ..., 'y': ...})"
         )
     training = split is Split.TRAIN
     key = "num_examples" if training else "num_eval_examples"
@@ -249,9 +245,7 @@ def _export(
 
 
 def _tell_data(reporter: Reporter, split: Split, source: Source) -> None:
-    features = {
-        name: f"{feature.dtype} {list(feature.shape)}" for name, feature in source.features.items()
-    }
+    features = {name: str(feature) for name, feature in source.features.items()}
     reporter.tell(
         DataUsed,
         split=split.name.lower(),

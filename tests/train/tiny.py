@@ -16,9 +16,8 @@ def clusters(split: Split, n: int) -> ArraySource:
     labels = rng.integers(0, 3, n)
     centres = np.random.default_rng(3).normal(size=(3, 8)) * 2
     points = centres[labels] + rng.normal(size=(n, 8))
-    return ArraySource(
-        name="clusters", origin="generated", x=points.astype("float32"), y=labels.astype("int64")
-    )
+    arrays = {"x": points.astype("float32"), "y": labels.astype("int64")}
+    return ArraySource(arrays, name="clusters", origin="generated")
 
 
 class Tiny(Job):
@@ -40,9 +39,7 @@ class Tiny(Job):
         return clusters(split, 96 if split is Split.TRAIN else 50)
 
     def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
-        return keras.losses.sparse_categorical_crossentropy(
-            batch["y"], outputs, from_logits=True
-        )
+        return keras.losses.sparse_categorical_crossentropy(batch["y"], outputs, from_logits=True)
 
     def metrics(self, batch: Batch, outputs: tf.Tensor) -> dict[str, tf.Tensor]:
         hit = tf.argmax(outputs, axis=-1) == batch["y"]
