@@ -1,4 +1,4 @@
-"""The trained model as a SavedModel with one raw input, and the live model's answers to prove it."""
+"""The trained model as a SavedModel with one raw input, and the live model's answers as proof."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) 
 
 
 def _golden_inputs(job: Job, source: Source) -> tuple[Feature, np.ndarray]:
-    """Return what `serve` takes and a batch of it: rows of the data, or noise where there are none."""
+    """Return what `serve` takes and a batch of it: rows of the data, else noise."""
     feature = job.serving_input()
     if feature is None:
         indices = np.arange(_GOLDEN_EXAMPLES, dtype=np.int64) % source.num_examples

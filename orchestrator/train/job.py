@@ -43,7 +43,7 @@ class Outcome:
         """Return the scalar to differentiate.
 
         The terms are multiplied by the sum of the weights, because the reduced gradient is divided
-        by that sum over all replicas: `sum_r scale (sum w l + sum w t) / (scale sum w) = mean l + t`.
+        by that sum over all replicas: `sum_r c (sum w l + t sum w) / (c sum w) = mean l + t`.
 
         Args:
             scale: what the step multiplies sums over examples by; float scalar.
@@ -160,7 +160,7 @@ class Job:
         return model(self.prepare({"x": inputs}, training=False, seeds=None)["x"], training=False)
 
     def serving_input(self) -> Feature | None:
-        """Return dtype and shape, without the batch, of what `serve` takes; None for feature `x`."""
+        """Return what one input of `serve` looks like; None for feature `x` of the source."""
         return None
 
 

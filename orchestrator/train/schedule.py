@@ -14,7 +14,7 @@ _GROWTH = 16
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """Something due every so many steps; the period may be a fraction (an epoch that does not divide).
+    """Something due every so many steps, possibly a fraction: an epoch that does not divide.
 
     The k-th time it is due is step `ceil(k * steps)`.
     """
