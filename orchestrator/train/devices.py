@@ -34,30 +34,50 @@ def configure_devices(order: WorkerOrder) -> list[str]:
         "float64" if config.precision.policy is Precision.float64 else "float32"
     )
     keras.config.set_dtype_policy(config.precision.policy.value)
-    tf.config.threading.set_intra_op_parallelism_threads(plan.cpus_per_worker)
-    tf.config.threading.set_inter_op_parallelism_threads(plan.cpus_per_worker)
     tf.config.set_soft_device_placement(config.cluster.soft_placement)
     tf.debugging.set_log_device_placement(config.cluster.log_device_placement)
     if config.train.deterministic:
         tf.config.experimental.enable_op_determinism()
-    count = plan.devices_per_worker
+    _check_gpus(order)
+    try:
+        _bound_devices(order)
+    except RuntimeError as error:
+        # Only in a notebook or debugger: workers of their own are fresh processes.
+        found = len(tf.config.list_logical_devices(plan.device_kind))
+        if found < plan.devices_per_worker:
+            raise StartFailed(
+                f"TensorFlow is initialised in this process with {found} {plan.device_kind} "
+                f"device(s), the plan wants {plan.devices_per_worker}; start a new process"
+            ) from error
+    return [f"{plan.device_kind}:{index}" for index in range(plan.devices_per_worker)]
+
+
+def _check_gpus(order: WorkerOrder) -> None:
+    if order.plan.device_kind != "GPU":
+        return
+    found, count = len(tf.config.list_physical_devices("GPU")), order.plan.devices_per_worker
+    if found < count:
+        raise StartFailed(
+            f"worker {order.worker} was assigned {count} GPU(s) "
+            f"(CUDA_VISIBLE_DEVICES={order.visible_gpus!r}) but TensorFlow sees {found}; is the "
+            "gpu extra installed (make setup device=gpu)?"
+        )
+
+
+def _bound_devices(order: WorkerOrder) -> None:
+    """Set threads and devices; raises RuntimeError when TensorFlow is initialised otherwise."""
+    plan = order.plan
+    tf.config.threading.set_intra_op_parallelism_threads(plan.cpus_per_worker)
+    tf.config.threading.set_inter_op_parallelism_threads(plan.cpus_per_worker)
     physical = tf.config.list_physical_devices(plan.device_kind)
     if plan.device_kind == "GPU":
-        if len(physical) < count:
-            raise StartFailed(
-                f"worker {order.worker} was assigned {count} GPU(s) "
-                f"(CUDA_VISIBLE_DEVICES={order.visible_gpus!r}) but TensorFlow sees "
-                f"{len(physical)}; is the gpu extra installed (make setup device=gpu)?"
-            )
-        for device in physical[:count]:
+        for device in physical[: plan.devices_per_worker]:
             tf.config.experimental.set_memory_growth(device, True)
-    else:
-        tf.config.set_visible_devices([], "GPU")
-        if count > 1:
-            tf.config.set_logical_device_configuration(
-                physical[0], [tf.config.LogicalDeviceConfiguration()] * count
-            )
-    return [f"{plan.device_kind}:{index}" for index in range(count)]
+        return
+    tf.config.set_visible_devices([], "GPU")
+    if plan.devices_per_worker > 1:
+        logical = [tf.config.LogicalDeviceConfiguration()] * plan.devices_per_worker
+        tf.config.set_logical_device_configuration(physical[0], logical)
 
 
 def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Strategy:

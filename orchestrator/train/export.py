@@ -35,13 +35,8 @@ class _Served(tf.Module):
         super().__init__()
         # Only the variables are tracked: Keras layers would bring functions of their own along.
         self.state = [variable.value for variable in model.variables]
-        answer = tf.function(lambda inputs: job.serve(model, inputs), input_signature=[spec])
-        self.answer = answer
-
-    @tf.function
-    def __call__(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Answer raw inputs."""
-        return self.answer(inputs)
+        # An attribute, because a method of the class could not have this job's signature.
+        self.__call__ = tf.function(lambda inputs: job.serve(model, inputs), input_signature=[spec])
 
 
 def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) -> Signature:
@@ -72,7 +67,7 @@ def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) 
     spec = tf.TensorSpec([None, *feature.shape], feature.dtype, name="inputs")
     served = _Served(job, twin, spec)
     signature = tf.function(
-        lambda inputs: {"outputs": served.answer(inputs)}, input_signature=[spec]
+        lambda inputs: {"outputs": served.__call__(inputs)}, input_signature=[spec]
     )
     shutil.rmtree(paths.export_dir, ignore_errors=True)
     paths.export_dir.mkdir(parents=True)

@@ -80,7 +80,9 @@ def test_prefetching_never_changes_what_a_block_gets(guess: tuple[int, int] | No
         np.testing.assert_array_equal(features["x"], ids * 10)
 
 
-@pytest.mark.parametrize(("n", "size", "replicas"), [(50, 8, 3), (48, 8, 3), (1, 4, 2), (100, 7, 1)])
+@pytest.mark.parametrize(
+    ("n", "size", "replicas"), [(50, 8, 3), (48, 8, 3), (1, 4, 2), (100, 7, 1)]
+)
 def test_evaluation_sees_each_example_once(n: int, size: int, replicas: int) -> None:
     steps = -(-n // (size * replicas))
     parts = [evaluation_ids(n, 0, steps, size, r, replicas) for r in range(replicas)]

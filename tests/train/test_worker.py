@@ -1,0 +1,183 @@
+"""A worker's whole life in this process: what it tells, saves, restores and exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from orchestrator.spec.messages import (
+    BlockDone,
+    Cause,
+    Ended,
+    Evaluated,
+    Exported,
+    Failed,
+    Message,
+    Outcome,
+    Ready,
+    Request,
+    Saved,
+    WorkerOrder,
+)
+from orchestrator.train import worker
+from tests.plans import tiny_plan
+from tests.train.tiny import Tiny
+
+
+def live(
+    folder: Path,
+    *,
+    attempt: int = 1,
+    restore_from: str | None = None,
+    pending: Callable[[], set[Request]] = set,
+    **changes: Any,
+) -> list[Message]:
+    """Run a worker of the tiny plan and return what it told."""
+    plan = tiny_plan(folder, **changes)
+    told: list[Message] = []
+    order = WorkerOrder(
+        plan=plan,
+        worker=0,
+        attempt=attempt,
+        addresses=(),
+        visible_gpus="",
+        restore_from=restore_from,
+    )
+    worker.run(order, told.append, pending)
+    return told
+
+
+def only(told: list[Message], kind: type) -> list[Any]:
+    return [message for message in told if isinstance(message, kind)]
+
+
+def test_a_whole_run_tells_blocks_evaluation_checkpoint_and_export(tmp_path: Path) -> None:
+    told = live(tmp_path)
+    blocks = only(told, BlockDone)
+    assert sum(block.num_steps for block in blocks) == 12
+    assert all(len(block.loss) == block.num_steps for block in blocks)
+    [evaluated] = only(told, Evaluated)
+    assert evaluated.step == 12 and evaluated.metrics["accuracy"] > 0.9
+    [saved] = only(told, Saved)
+    assert saved.step == 12
+    [ready] = only(told, Ready)
+    assert ready.replica_batch_sizes == (16,) and ready.num_parameters == 195
+    [ended] = only(told, Ended)
+    assert (ended.step, ended.outcome) == (12, Outcome.completed)
+    [exported] = only(told, Exported)
+    loaded = tf.saved_model.load(exported.path)
+    plan = tiny_plan(tmp_path)
+    golden = np.load(plan.paths.golden)
+    for size in (1, 7, 64):
+        answers = loaded(tf.constant(golden["inputs"][:size]))
+        np.testing.assert_allclose(answers, golden["outputs"][:size], atol=1e-6)
+
+
+def losses(told: list[Message]) -> dict[int, float]:
+    return {
+        block.first_step + i + 1: loss
+        for block in only(told, BlockDone)
+        for i, loss in enumerate(block.loss)
+    }
+
+
+def ledger(told: list[Message]) -> int:
+    return sum(block.ledger for block in only(told, BlockDone)) % 2**64
+
+
+def test_a_stopped_and_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path) -> None:
+    job = {"job__args": {"normalise": True, "dropout": 0.3}}
+    whole = live(tmp_path / "whole", **job)
+    calls = iter([set(), {Request.SAVE_AND_STOP}])
+    first = live(tmp_path / "parts", pending=lambda: next(calls), **job)
+    [ended] = only(first, Ended)
+    assert ended.outcome is Outcome.stopped and 0 < ended.step < 12
+    [saved] = only(first, Saved)
+    assert saved.step == ended.step
+    assert not only(first, Exported)
+    second = live(tmp_path / "parts", attempt=2, restore_from=saved.path, **job)
+    assert only(second, Ready)[0].start_step == saved.step
+    assert losses(first) | losses(second) == losses(whole)
+    assert (ledger(first) + ledger(second)) % 2**64 == ledger(whole)
+    assert only(second, Evaluated)[0].metrics == only(whole, Evaluated)[0].metrics
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_a_list(tmp_path: Path) -> None:
+    [saved] = only(live(tmp_path), Saved)
+    told = live(tmp_path, restore_from=saved.path, job__args={"normalise": True})
+    [failed] = only(told, Failed)
+    assert failed.cause is Cause.restore
+    assert "does not fit" in failed.error and "only in the model" in failed.error
+
+
+def failure(tmp_path: Path, name: str, **changes: Any) -> Failed:
+    [failed] = only(live(tmp_path, job__class_name=f"{__name__}.{name}", **changes), Failed)
+    return failed
+
+
+class Unbuilt(Tiny):
+    def model(self) -> keras.Model:
+        return keras.Sequential([keras.layers.Dense(3)])
+
+
+class NoModel(Tiny):
+    def model(self) -> Any:
+        return "model"
+
+
+class Raising(Tiny):
+    def loss(self, batch: Any, outputs: Any) -> Any:
+        return outputs["logits"]
+
+
+class NotAJob:
+    pass
+
+
+class Short(Tiny):
+    def source(self, split: Any) -> Any:
+        from tests.train.tiny import clusters
+
+        return clusters(split, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error"),
+    [
+        ("Unbuilt", {}, "not built: it has no variables yet"),
+        ("NoModel", {}, "model() returned builtins.str; return a keras.Model"),
+        ("NotAJob", {}, "is not a subclass of orchestrator.train.job.Job"),
+        ("Short", {}, "data.num_examples=96 but source(TRAIN) has 20 examples"),
+        ("Missing", {}, "is not a subclass of orchestrator.train.job.Job"),
+        ("Tiny", {"job__args": {"depth": 3}}, "unexpected keyword argument 'depth'"),
+    ],
+)
+def test_a_job_that_cannot_be_used_is_the_jobs_fault(
+    tmp_path: Path, name: str, changes: dict[str, Any], error: str
+) -> None:
+    failed = failure(tmp_path, name, **changes)
+    assert failed.cause is Cause.job
+    assert error in failed.error
+
+
+def test_an_error_while_tracing_names_the_users_own_line(tmp_path: Path) -> None:
+    failed = failure(tmp_path, "Raising")
+    assert failed.cause is Cause.job
+    assert failed.user_frame.startswith(f"{__file__}:")
+    assert 'return outputs["logits"]' in failed.user_frame
+    assert len(failed.error.splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_worker_and_examples(tmp_path: Path) -> None:
+    told = live(tmp_path, optimizer__learning_rate=1e30)
+    [failed] = only(told, Failed)
+    assert failed.cause is Cause.job
+    assert "not finite at step" in failed.error
+    assert "worker 0, examples [" in failed.error
+    assert "train.on_nan=skip" in failed.error
