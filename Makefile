@@ -29,9 +29,10 @@ stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python
 help: ## Print these lines
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-setup: .venv/.stamp-$(device) ## Prepare .venv (device=cpu|gpu); the other targets do it by themselves
+setup: .venv/.stamp-$(device) ## Prepare .venv (device=cpu|gpu); the others do so themselves
+	@echo ".venv is ready ($(device))"
 
-train: .venv/.stamp-$(device) ## Train a job: conf=mnist args="strategy=multi_worker strategy.num_workers=2"
+train: .venv/.stamp-$(device) ## Train a job: conf=mnist args="strategy.num_workers=2"
 	$(orchestrator) train $(job) $(args)
 
 plan: .venv/.stamp-$(device) ## Print what a training would do: conf=mnist
@@ -43,13 +44,13 @@ config: .venv/.stamp-$(device) ## Print the resolved configuration of a job: con
 ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface
 	$(orchestrator) ui $(args)
 
-submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=http://head-node:8265
+submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=http://head:8265
 	$(orchestrator) submit $(job) $(if $(address),cluster.address=$(call quote,$(address))) $(args)
 
-test: lint types ## Lint, types and all tests but tests/gpu (args= goes to pytest in place of that choice)
+test: lint types ## Lint, types, all tests but tests/gpu (args= names others)
 	@exec $(python) -m pytest --durations=10 -rs $(or $(args),--ignore=tests/gpu)
 
-bench: .venv/.stamp-$(device) ## Measure against plain loops, keras fit and Ray Train
+bench: .venv/.stamp-$(device) ## Measure against a plain loop, keras fit and Ray Train
 	@exec $(python) -m benchmarks $(args)
 
 lint: .venv/.stamp-dev ## Check style and format with ruff
@@ -60,7 +61,7 @@ lint: .venv/.stamp-dev ## Check style and format with ruff
 types: .venv/.stamp-dev ## Check types with mypy
 	@$(python) -m mypy
 
-lock: ## Resolve requirements/*.lock from pyproject.toml (args=--upgrade: to the newest versions)
+lock: ## Resolve requirements/*.lock again (args=--upgrade: newest)
 	@sh requirements/setup.sh lock $(args)
 
 clean: ## Remove .venv and caches; runs and data stay

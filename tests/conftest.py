@@ -1,0 +1,140 @@
+"""What holds for every test: no process outlives the session, and no skip goes unnoticed in CI."""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import pytest
+
+# Every process started by a test inherits it, also one that is re-parented to init.
+SESSION_VARIABLE = "ORCHESTRATOR_TEST_SESSION"
+SKIPS_FILE = Path(__file__).parent / "skips.txt"
+# How long a process that is on its way out may take before it counts as left behind.
+EXIT_PATIENCE_S = 5.0
+
+_session_id = uuid.uuid4().hex
+_skips: list[tuple[str, str]] = []
+_leftovers: list[str] = []
+
+
+def read_allowed_skips(text: str) -> list[str]:
+    """Return the node ids in `text`: one a line, the reason after `#`, other lines blank."""
+    lines = (line.split("#", 1)[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def is_allowed(node_id: str, allowed: list[str]) -> bool:
+    """Tell whether a line names this test, its parametrised form, its file or its folder."""
+    return any(
+        node_id == line or node_id.startswith((f"{line}[", f"{line}::", f"{line.rstrip('/')}/"))
+        for line in allowed
+    )
+
+
+def unexpected_skips() -> list[tuple[str, str]]:
+    """Skips of this session that tests/skips.txt does not allow; none outside CI."""
+    if os.environ.get("CI") != "true":
+        return []
+    allowed = read_allowed_skips(SKIPS_FILE.read_text(encoding="utf-8"))
+    return [(node_id, why) for node_id, why in _skips if not is_allowed(node_id, allowed)]
+
+
+def session_processes() -> list[psutil.Process]:
+    """Return the live processes that this test session started, directly or not."""
+    own = psutil.Process()
+    found = {process.pid: process for process in own.children(recursive=True)}
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(SESSION_VARIABLE) == _session_id:
+                found[process.pid] = process
+        except psutil.Error:
+            continue  # gone, a zombie, or not ours to read
+    found.pop(own.pid, None)
+    return [process for process in found.values() if not _is_harmless(process)]
+
+
+def _is_harmless(process: psutil.Process) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        # multiprocessing's tracker lives exactly as long as the interpreter.
+        return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return True
+
+
+def kill_leftovers() -> list[str]:
+    """Kill what the session left running, after a grace; return one line for each."""
+    psutil.wait_procs(session_processes(), timeout=EXIT_PATIENCE_S)
+    killed = []
+    # A second look: what a dying process forked meanwhile.
+    for process in session_processes():
+        try:
+            command = " ".join(process.cmdline()) or process.name()
+            process.kill()
+            killed.append(f"{process.pid} {command[:200]}")
+        except psutil.Error:
+            continue
+    return killed
+
+
+def _end_session(signum: int, _frame: FrameType | None) -> None:
+    if os.getpid() != _main_pid:  # a fork that kept this handler
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+        return
+    pytest.exit(f"stopped by {signal.Signals(signum).name}", returncode=128 + signum)
+
+
+_main_pid = os.getpid()
+
+
+def pytest_sessionstart() -> None:
+    os.environ[SESSION_VARIABLE] = _session_id
+    # By default both end Python at once, and the processes of session fixtures would live on.
+    signal.signal(signal.SIGTERM, _end_session)
+    signal.signal(signal.SIGHUP, _end_session)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note_skip(report)
+
+
+def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        _skips.append((report.nodeid, str(why)))
+
+
+@pytest.hookimpl(trylast=True)  # after the teardown of session fixtures, which runs in this hook
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    _leftovers.extend(kill_leftovers())
+    if unexpected_skips() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> Iterator[None]:
+    yield
+    if "tests/gpu" in (config.getoption("ignore") or []):
+        terminalreporter.write_line("NOT RUN tests/gpu: needs a GPU; python -m pytest tests/gpu")
+    if _leftovers:
+        terminalreporter.section("left running by tests, killed", yellow=True)
+        for line in _leftovers:
+            terminalreporter.write_line(line)
+    if unexpected := unexpected_skips():
+        terminalreporter.section("FAILED: skips that tests/skips.txt does not allow", red=True)
+        for node_id, why in unexpected:
+            terminalreporter.write_line(f"{node_id}: {why}")
