@@ -1,0 +1,1 @@
+"""Example jobs: copy one to begin your own."""

@@ -1,0 +1,91 @@
+"""The example in docs/jobs.md runs as it is printed, from a folder outside the repository."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from orchestrator.train.sources import Split
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "jobs.md").read_text()
+BLOCK = re.compile(r"^`mine/(\S+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def example() -> dict[str, str]:
+    """Return the files of the example by their path below `mine/`."""
+    return dict(BLOCK.findall(PAGE))
+
+
+def write_example(folder: Path) -> Path:
+    for name, text in example().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_the_example_is_a_class_and_its_yaml_in_40_lines() -> None:
+    files = example()
+    assert sorted(files) == ["job/waves.yaml", "waves.py"]
+    code = [line for line in "".join(files.values()).splitlines() if line.strip()]
+    assert len(code) <= 45
+    assert len([line for line in files["waves.py"].splitlines() if line.strip()]) <= 40
+
+
+def load_example() -> types.ModuleType:
+    module = types.ModuleType("waves")
+    exec(compile(example()["waves.py"], "waves.py", "exec"), module.__dict__)
+    return module
+
+
+def test_the_example_learns() -> None:
+    keras.utils.set_random_seed(1)
+    job = load_example().Waves()
+    model = job.model()
+    tables = {name: tf.constant(a) for name, a in job.source(Split.TRAIN).resident().items()}
+    held_out = {name: tf.constant(a) for name, a in job.source(Split.EVAL).resident().items()}
+    optimizer = keras.optimizers.Adam(0.005)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(ids: tf.Tensor) -> None:
+        batch = {name: tf.gather(table, ids) for name, table in tables.items()}
+        optimizer.apply(job.gradients(model, batch, 1 / 50)[0]["all"])
+
+    before = float(tf.reduce_mean(job.losses(model, held_out, training=False).loss))
+    for ids in np.random.default_rng(0).integers(0, 10_000, (600, 50)):
+        step(tf.constant(ids))
+    after = float(tf.reduce_mean(job.losses(model, held_out, training=False).loss))
+    assert after < before / 4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("orchestrator.__main__") is None, reason="there is no command line"
+)
+def test_the_example_is_trained_by_the_command_from_an_outside_folder(tmp_path: Path) -> None:
+    folder = write_example(tmp_path / "mine")
+    command = [sys.executable, "-m", "orchestrator", "train", "--config-dir", str(folder)]
+    command += ["job=waves", "cluster=inline", f"runs_dir={tmp_path / 'runs'}", "train.epochs=1"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "eval/absolute_error" in done.stdout
+    assert list((tmp_path / "runs" / "waves").iterdir())
