@@ -28,9 +28,8 @@ class MnistCnn(Job):
         return keras.Sequential(
             [
                 layers.Input((28, 28, 1)),
-                layers.Conv2D(16, 3, activation="relu"),
-                layers.MaxPooling2D(2),
-                layers.Conv2D(32, 3, activation="relu"),
+                layers.Conv2D(24, 5, strides=2, activation="relu"),
+                layers.Conv2D(48, 3, activation="relu"),
                 layers.MaxPooling2D(2),
                 layers.Flatten(),
                 layers.Dropout(self.dropout),

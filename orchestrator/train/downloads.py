@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -240,5 +241,7 @@ def _npm_reason(output: str) -> str:
 
 
 def _one_line(reason: object) -> str:
+    """Return the reason on one short line, without the credentials that an address may carry."""
     text = " ".join(str(reason).split()) or type(reason).__name__
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
     return text if len(text) <= 300 else text[:297] + "..."
