@@ -27,7 +27,7 @@ from orchestrator.terminal import (
 
 _STYLES = {Tone.plain: "", Tone.good: "green", Tone.note: "yellow", Tone.bad: "red"}
 # Drawing costs about 1 ms of the processor that training needs.
-_REFRESH_PER_S = 4
+_REFRESH_S = 0.25
 _MAX_ROWS = 8
 _SLOWEST_ROWS = 5
 # Columns: of the progress bar, of a host's name; below `_NARROW` hosts are left out.
@@ -91,7 +91,7 @@ class Screen:
             stream: where to write; None for standard output.
             clock: seconds from any origin.
             width: columns; None asks the terminal.
-            refresh: redraw by a thread; tests draw by `tick` instead.
+            refresh: call `tick` from a thread; tests call it themselves.
         """
         self._stream = SafeStream(sys.stdout if stream is None else stream)
         drawing = can_draw(self._stream, os.environ)
@@ -107,7 +107,7 @@ class Screen:
         )
         self.state = ScreenState(total_steps, global_batch_size, clock)
         self._lock = threading.RLock()
-        self._last_plain_s = 0.0
+        self._last_print_s = 0.0
         self._last_plain_step = 0
         self._print_header(header)
         self._live: Live | None = None
@@ -115,13 +115,17 @@ class Screen:
             self._live = Live(
                 console=self._console,
                 get_renderable=self._draw,
-                auto_refresh=refresh,
-                refresh_per_second=_REFRESH_PER_S,
+                auto_refresh=False,
                 redirect_stdout=False,
                 redirect_stderr=False,
                 transient=True,
             )
             self._live.start()
+        self._closed = threading.Event()
+        if refresh:
+            # Not rich's own thread: it takes rich's lock before ours, printing takes them the
+            # other way round, and some day the two would wait for each other.
+            threading.Thread(target=self._refresh, name="screen", daemon=True).start()
 
     def __enter__(self) -> Screen:
         return self
@@ -131,10 +135,11 @@ class Screen:
 
     def close(self) -> None:
         """Take the live area away and give the cursor back; again does nothing."""
+        self._closed.set()
         with self._lock:
             live, self._live = self._live, None
-        if live is not None:
-            live.stop()
+            if live is not None:
+                live.stop()
 
     def phase(self, name: str, detail: str = "") -> None:
         """Show that the driver is doing something; several phases may run at once."""
@@ -168,14 +173,12 @@ class Screen:
             self._print([Line(f"note: {text}", Tone.note)])
 
     def tick(self) -> None:
-        """Redraw; without a terminal, say what is being waited for. The driver's loop calls it."""
+        """Redraw; without a terminal, say what is being waited for."""
         with self._lock:
             if self._live is not None:
-                if not self._live.auto_refresh:
-                    self._live.refresh()
-                return
-            if self.state.phases and self._silence_s() >= _WAITING_S:
-                self._plain(self._phases_text())
+                self._live.refresh()
+            elif self.state.phases and self._silence_s() >= _WAITING_S:
+                self._print([Line(self._phases_text())])
 
     def finish(self, summary: Summary) -> None:
         """Take the live area away and show how the run ended and what can be done next."""
@@ -207,6 +210,8 @@ class Screen:
             self._console.print(Text(printable(text), style="" if index else "bold"))
 
     def _print(self, lines: Sequence[Line]) -> None:
+        if lines:
+            self._last_print_s = self.state.elapsed_s
         for line in lines:
             self._console.print(Text(printable(line.text), style=_STYLES[line.tone]))
 
@@ -217,12 +222,8 @@ class Screen:
             text = Text.assemble((f"  {name:<{indent}}  ", "dim"), printable(value))
             self._console.print(text, soft_wrap=True)
 
-    def _plain(self, text: str) -> None:
-        self._last_plain_s = self.state.elapsed_s
-        self._print([Line(text)])
-
     def _silence_s(self) -> float:
-        return self.state.elapsed_s - self._last_plain_s
+        return self.state.elapsed_s - self._last_print_s
 
     def _plain_progress(self) -> None:
         """Print a progress line if the last is long enough ago; rarer as the run grows older."""
@@ -235,19 +236,23 @@ class Screen:
         if same_tenth and self._silence_s() < silence_s:
             return
         self._last_plain_step = state.step
-        self._plain(progress_text(state))
+        self._print([Line(progress_text(state))])
+
+    def _refresh(self) -> None:
+        while not self._closed.wait(_REFRESH_S):
+            self.tick()
 
     def _draw(self) -> RenderableType:
-        with self._lock:
-            if self._stream.dropped:
-                return Text()
-            parts: list[tuple[str, str]] = []
-            if self.state.phases:
-                parts.append((self._phases_text(), "cyan"))
-            if self.state.loss is not None:
-                parts.append((self._progress_text(), "bold"))
-            parts.extend((text, "dim") for text in self._worker_texts())
-            return Text("\n").join(Text(printable(text), style) for text, style in parts)
+        """Return the live area; called by rich under our lock, from `tick`."""
+        if self._stream.dropped:
+            return Text()
+        parts: list[tuple[str, str]] = []
+        if self.state.phases:
+            parts.append((self._phases_text(), "cyan"))
+        if self.state.loss is not None:
+            parts.append((self._progress_text(), "bold"))
+        parts.extend((text, "dim") for text in self._worker_texts())
+        return Text("\n").join(Text(printable(text), style) for text, style in parts)
 
     def _phases_text(self) -> str:
         texts = []

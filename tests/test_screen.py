@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -257,6 +258,46 @@ def test_of_many_workers_the_slowest_and_a_count_are_shown() -> None:
     assert shown == ["7", "8", "9", "18", "19"]
     assert "and 15 more; these are the slowest" in stream.text()
     screen.close()
+
+
+def test_many_threads_may_draw_at_once() -> None:
+    stream, clock = Stream(tty=True), Clock()
+    screen = make_screen(stream, clock)
+    screen.observe(block(0))
+
+    def repeat(action: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            for _ in range(200):
+                action()
+
+        return threading.Thread(target=run, daemon=True)
+
+    threads = [repeat(screen.tick), repeat(screen.tick), repeat(lambda: screen.notice("n"))]
+    threads.append(repeat(lambda: screen.phase_done("never begun")))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    screen.close()
+
+
+def test_the_screen_redraws_by_itself_until_it_is_closed() -> None:
+    drawn = threading.Event()
+
+    class Watched(Stream):
+        def write(self, text: str) -> int:
+            if "starting Ray" in text:
+                drawn.set()
+            return super().write(text)
+
+    stream = Watched(tty=True)
+    with Screen(HEADER, total_steps=1, global_batch_size=1, stream=stream, width=80) as screen:
+        screen.phase("starting Ray")
+        assert drawn.wait(30)
+    length = len(stream.getvalue())
+    screen.tick()
+    assert len(stream.getvalue()) == length
 
 
 def test_the_chiefs_phases_are_timed_like_the_drivers() -> None:
