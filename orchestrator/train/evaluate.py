@@ -58,6 +58,7 @@ class Evaluation:
             self._run = tf.function(
                 self._block,
                 input_signature=[tf.TensorSpec([], tf.int32), [feed] * len(replicas)],
+                autograph=False,
             )
 
     def run(self) -> dict[str, float]:
@@ -100,9 +101,11 @@ class Evaluation:
     def _sum(self, num_steps: Any, feeds: Sequence[Any]) -> Any:
         """Add up over the steps on one replica, then once over all replicas."""
         local = local_replica(self._plan)
-        total = self._batch_sums(local, feeds, 0)
-        for i in tf.range(1, num_steps):
-            total += self._batch_sums(local, feeds, i)
+        _, total = tf.while_loop(
+            lambda i, _: i < num_steps,
+            lambda i, total: (i + 1, total + self._batch_sums(local, feeds, i)),
+            (tf.constant(1), self._batch_sums(local, feeds, 0)),
+        )
         if self._plan.num_replicas > 1:
             context = tf.distribute.get_replica_context()
             total = context.all_reduce(tf.distribute.ReduceOp.SUM, total)

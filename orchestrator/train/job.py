@@ -167,3 +167,18 @@ class Job:
 def flatten_groups(groups: Mapping[str, Sequence[Any]]) -> list[Any]:
     """Return the members of all groups in the order of the groups."""
     return [member for group in groups.values() for member in group]
+
+
+def translated(job: Job) -> Job:
+    """Let the methods that a user wrote use `if`, `while` and `for` on tensors (AutoGraph).
+
+    Only these: the rest of the step is graph code already, and translating it would take seconds
+    at every start. Keras's own code is never translated, by TensorFlow's rules.
+    """
+    # TensorFlow 2.21 has no public name for "translate this callable inside a graph".
+    from tensorflow.python.autograph.impl.api import convert
+
+    for name in ("prepare", "loss", "metrics", "losses", "gradients", "serve"):
+        if getattr(type(job), name) is not getattr(Job, name):
+            setattr(job, name, convert(recursive=True)(getattr(job, name)))
+    return job

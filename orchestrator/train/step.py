@@ -155,6 +155,7 @@ class TrainStep:
             self._run = tf.function(
                 self._block,
                 input_signature=[*signature, feeds],
+                autograph=False,
                 jit_compile=True if mode is Compile.xla else None,
             )
 
@@ -193,7 +194,8 @@ class TrainStep:
             tf.TensorArray(tf.int64, num_steps, element_shape=[shard.size])
             for shard in self._shards
         ]
-        for i in tf.range(num_steps):
+
+        def one_step(i: Any, rows: Any, finite: Any, ids: Any) -> Any:
             reduced, local_loss, used = self._strategy.run(self._reduce, (first_step, i, feeds))
             values = self._first(reduced)
             norm = tf.linalg.global_norm(
@@ -201,16 +203,22 @@ class TrainStep:
             )
             # The norm tells more than the loss, which a ReLU can keep finite; check both.
             ok = tf.math.is_finite(norm) & tf.math.is_finite(values[-1][1])
-            if ok:
-                self._strategy.run(self._apply, (reduced, norm))
-            local = [
-                tf.cast(x, dtype) for x in self._strategy.experimental_local_results(local_loss)
-            ]
-            rows = rows.write(i, tf.concat([tf.cast(values[-1], dtype), tf.stack(local)], 0))
-            finite = finite.write(i, ok)
+            tf.cond(ok, lambda: self._update(reduced, norm), lambda: tf.constant(0))
+            local = self._strategy.experimental_local_results(local_loss)
+            row = tf.concat([values[-1], tf.stack(list(local))], 0)
             parts = self._strategy.experimental_local_results(used)
-            ids = [array.write(i, part) for array, part in zip(ids, parts)]  # noqa: B905
+            ids = [array.write(i, part) for array, part in zip(ids, parts, strict=True)]
+            return i + 1, rows.write(i, row), finite.write(i, ok), ids
+
+        # Not AutoGraph: translating this file takes seconds, at every start of a worker.
+        _, rows, finite, ids = tf.while_loop(
+            lambda i, *_: i < num_steps, one_step, (tf.constant(0), rows, finite, ids)
+        )
         return rows.stack(), finite.stack(), [array.stack() for array in ids]
+
+    def _update(self, reduced: Sequence[Any], norm: Any) -> Any:
+        self._strategy.run(self._apply, (reduced, norm))
+        return tf.constant(0)  # both branches of a cond return something alike
 
     def _reduce(self, first_step: Any, i: Any, feeds: Any) -> Any:
         """Differentiate on one replica and add up over all of them.

@@ -32,7 +32,7 @@ from orchestrator.train.data import Feeder, Order, make_shards
 from orchestrator.train.devices import build_strategy, configure_devices
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.export import export_model
-from orchestrator.train.job import Job
+from orchestrator.train.job import Job, translated
 from orchestrator.train.loop import Agreement, Loop, Parts, Wish
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.report import Reporter
@@ -176,7 +176,7 @@ def load_job(plan: RunPlan) -> Job:
         raise JobError(f"{class_name}(**job.args) with job.args={config.args}: {error}") from error
     job.data_path = plan.data_path
     job.data_dir = plan.data_dir
-    return job
+    return translated(job)
 
 
 def load_source(job: Job, plan: RunPlan, split: Split) -> Source:

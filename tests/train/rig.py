@@ -13,7 +13,7 @@ import tensorflow as tf
 from orchestrator.spec.plan import RunPlan
 from orchestrator.train.data import Feeder, Order, ledger_hash, make_shards
 from orchestrator.train.evaluate import Evaluation
-from orchestrator.train.job import Job
+from orchestrator.train.job import Job, translated
 from orchestrator.train.loop import step_means
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.sources import Split
@@ -73,6 +73,7 @@ def make_rig(
         **changes,
     }
     plan = tiny_plan(folder, **changes)
+    translated(job)
     devices = [f"CPU:{index}" for index in range(replicas)]
     strategy: Any
     if replicas == 1:

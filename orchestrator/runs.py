@@ -1,0 +1,186 @@
+"""Run folders: which one a command trains in, and who holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ConfigError, RestoreError, StorageError
+from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.schema import RunConfig
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the journal of a run folder tells about it.
+
+    Attributes:
+        paths: of the run.
+        status: FINISHED, FAILED or KILLED; None if it never ended.
+        attempts: how many attempts were started.
+        mlflow_run: MLflow's id, if it was ever known.
+        facts: the record the run was started with.
+        last_step: the last step any attempt reported.
+    """
+
+    paths: RunPaths
+    status: str | None
+    attempts: int
+    mlflow_run: str | None
+    facts: dict[str, Any]
+    last_step: int
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.paths.root.name
+
+
+ReadJournal = Callable[[Path], Iterator[dict[str, Any]]]
+
+
+def look_back(paths: RunPaths, read: ReadJournal) -> Past:
+    """Read what a run folder's journal tells."""
+    status, attempts, mlflow_run, last_step = None, 0, None, 0
+    facts: dict[str, Any] = {}
+    for record in read(paths.journal):
+        kind = record.get("kind")
+        if kind == "RunStarted":
+            facts = facts or record
+            status = None
+        elif kind == "AttemptStarted":
+            attempts = max(attempts, int(record["attempt"]))
+        elif kind == "RunEnded":
+            status = record["status"]
+        elif kind == "MlflowRun":
+            mlflow_run = record["run_id"]
+        elif kind == "BlockDone":
+            last_step = max(last_step, int(record["first_step"]) + int(record["num_steps"]))
+    return Past(paths, status, attempts, mlflow_run, facts, last_step)
+
+
+def new_run_name(now: datetime, token: str) -> str:
+    """Return `<date>-<time>-<token>`, such as `20260301-142501-3fa9`."""
+    return f"{now:%Y%m%d-%H%M%S}-{token}"
+
+
+def create_run(config: RunConfig, cwd: Path) -> RunPaths:
+    """Create the folder of a new run; two commands never get the same one.
+
+    Raises:
+        ConfigError: `run_name` is taken.
+        StorageError: the folder cannot be made.
+    """
+    parent = (cwd / config.runs_dir).resolve() / config.job.name
+    while True:
+        name = config.run_name or new_run_name(datetime.now(), secrets.token_hex(2))
+        root = parent / name
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            root.mkdir()
+        except FileExistsError as error:
+            if config.run_name is None and parent.is_dir():
+                continue
+            raise ConfigError(
+                f"run_name={name}: {root} exists already; choose another name, or continue it "
+                f"with resume={name}"
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the run folder {root}: {error.strerror}; set runs_dir to a folder "
+                "that can be written"
+            ) from error
+        return RunPaths(root)
+
+
+def find_run(config: RunConfig, cwd: Path, read: ReadJournal) -> Past | None:
+    """Find the run that `resume` means; None for `resume=auto` when there is nothing to resume.
+
+    Raises:
+        RestoreError: there is no such run.
+    """
+    assert config.resume is not None
+    parent = (cwd / config.runs_dir).resolve() / config.job.name
+    folders = sorted((path for path in parent.glob("*/journal.jsonl")), reverse=True)
+    pasts = [look_back(RunPaths(path.parent), read) for path in folders]
+    if config.resume in ("latest", "auto"):
+        unfinished = [past for past in pasts if past.status != "FINISHED"]
+        if unfinished:
+            return unfinished[0]
+        if config.resume == "auto":
+            return None
+        raise RestoreError(
+            f"resume=latest: no unfinished run of job {config.job.name} in {parent}"
+            f"{_finished_runs(pasts)}; leave resume out to start a new run"
+        )
+    for past in pasts:
+        if config.resume in (past.name, past.mlflow_run):
+            return past
+    names = ", ".join(past.name for past in pasts[:5]) or "none"
+    raise RestoreError(
+        f"resume={config.resume}: no run of job {config.job.name} in {parent} has this name or "
+        f"MLflow id; newest there: {names}"
+    )
+
+
+def _finished_runs(pasts: list[Past]) -> str:
+    return f" ({len(pasts)} finished)" if pasts else " (there are no runs at all)"
+
+
+class Lease:
+    """The right to write in a run folder: a lock that ends with the process that holds it."""
+
+    def __init__(self, paths: RunPaths):
+        """Take the lease.
+
+        Raises:
+            StorageError: another living process holds it; the message names the holder.
+        """
+        self._path = paths.lease
+        try:
+            self._file = self._path.open("a+")
+        except OSError as error:
+            raise StorageError(f"cannot write in the run folder: {error}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            raise StorageError(
+                f"the run {paths.root.name} is held by {_holder(self._file.read())}; wait for it "
+                "to end, or stop it"
+            ) from error
+        self._file.seek(0)
+        self._file.truncate()
+        boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "boot_id": boot_id,
+            "since": time.time(),
+        }
+        self._file.write(json.dumps(holder))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the lease back."""
+        self._file.close()
+
+
+def _holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        since = datetime.fromtimestamp(holder["since"])
+        return f"process {holder['pid']} on {holder['host']} since {since:%Y-%m-%d %H:%M:%S}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
