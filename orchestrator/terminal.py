@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from typing import IO
 
@@ -44,7 +42,7 @@ class SafeStream:
         try:
             self._stream.write(self._encodable(text))
         except (OSError, ValueError):
-            self._drop()
+            self.dropped = True
         return len(text)
 
     def flush(self) -> None:
@@ -54,7 +52,7 @@ class SafeStream:
         try:
             self._stream.flush()
         except (OSError, ValueError):
-            self._drop()
+            self.dropped = True
 
     def _encodable(self, text: str) -> str:
         try:
@@ -63,19 +61,6 @@ class SafeStream:
             plain = text.translate(_ASCII)
             return plain.encode(self.encoding, "replace").decode(self.encoding)
         return text
-
-    def _drop(self) -> None:
-        self.dropped = True
-        if self._stream is not sys.stdout:
-            return
-        # Python flushes sys.stdout once more when it exits and would turn the broken pipe into
-        # exit code 120; the rest of the buffer goes nowhere instead.
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-        except (OSError, ValueError):
-            return
 
 
 def can_draw(stream: SafeStream, environment: Mapping[str, str]) -> bool:

@@ -406,6 +406,14 @@ def test_the_first_failure_is_told_and_its_consequences_are_not() -> None:
     ]
 
 
+def test_after_a_workers_own_failure_its_peers_add_nothing() -> None:
+    stream, clock = Stream(tty=False), Clock()
+    screen = make_screen(stream, clock)
+    screen.observe(failed(1, Cause.job))
+    screen.observe(failed(0, Cause.collateral))
+    assert re.findall(r"error of (\d)", stream.text()) == ["1"]
+
+
 def test_a_new_attempt_tells_its_own_failure_and_old_messages_are_ignored() -> None:
     stream, clock = Stream(tty=False), Clock()
     screen = make_screen(stream, clock)

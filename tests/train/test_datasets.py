@@ -206,6 +206,12 @@ def test_the_cache_folder_itself_may_hold_the_data(tmp_path: Path) -> None:
     assert_is_tiny(from_cache(tmp_path, failing("offline")))
 
 
+def test_a_filled_cache_is_read_without_writing_to_it(tmp_path: Path) -> None:
+    write_files(tmp_path / "tiny")
+    assert_is_tiny(from_cache(tmp_path))
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == set(MEMBERS)
+
+
 def test_a_download_leaves_nothing_but_the_files(tmp_path: Path) -> None:
     (tmp_path / "tiny" / ".staging-of-a-killed-worker").mkdir(parents=True)
     from_cache(tmp_path, failing("offline"), FakeFetcher())
