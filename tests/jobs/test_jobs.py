@@ -1,6 +1,7 @@
 """The example jobs keep the contract of Job and stay short enough to read as a tutorial."""
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -13,6 +14,7 @@ from jobs.mnist import Mnist
 from jobs.mnist_cnn import MnistCnn
 from orchestrator.train.job import Batch, Job
 from orchestrator.train.sources import Split
+from tests.train.rig import make_rig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "jobs").glob("*.py") if path.name != "__init__.py")
@@ -139,6 +141,27 @@ def test_the_gans_latents_belong_to_the_examples() -> None:
     rows = first.fetch(np.array([5, 9]))
     np.testing.assert_array_equal(rows["z"][1], second.fetch(np.array([9]))["z"][0])
     assert not np.array_equal(rows["z"][0], rows["z"][1])
+
+
+@pytest.mark.parametrize("job_class", [Mnist, lambda: MnistCnn(dropout=0.0), Gan])
+def test_two_replicas_compute_what_one_computes(
+    job_class: Callable[[], Job], tmp_path: Path
+) -> None:
+    curves = []
+    for replicas in (1, 2):
+        job = job_class()
+        job.data_dir = str(ROOT / "data")
+        rig = make_rig(
+            tmp_path,
+            job,
+            replicas=replicas,
+            data__num_examples=60_000,
+            data__num_eval_examples=10_000,
+            train__global_batch_size=33,  # 17 and 16
+        )
+        curves.append(rig.run(6).losses)
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
+    assert curves[0][-1] != curves[0][0]
 
 
 def test_a_few_hundred_steps_of_mnist_learn_digits() -> None:
