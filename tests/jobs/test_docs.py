@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from orchestrator.spec.config import load_config
 from orchestrator.train.sources import Split
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,16 @@ def test_the_example_is_a_class_and_its_yaml_in_40_lines() -> None:
     code = [line for line in "".join(files.values()).splitlines() if line.strip()]
     assert len(code) <= 45
     assert len([line for line in files["waves.py"].splitlines() if line.strip()]) <= 40
+
+
+def test_the_examples_configuration_is_accepted(tmp_path: Path) -> None:
+    config = load_config(["job=waves"], write_example(tmp_path / "mine"))
+    assert config.job.class_name == "waves.Waves"
+    for split, planned in (
+        (Split.TRAIN, config.data.num_examples),
+        (Split.EVAL, config.data.num_eval_examples),
+    ):
+        assert load_example().Waves(**config.job.args).source(split).num_examples == planned
 
 
 def load_example() -> types.ModuleType:
