@@ -240,3 +240,4 @@ class RunConfig:
     run_name: str | None
     resume: str | None
     resume_allow: list[str]
+    code_dirs: list[str] = field(default_factory=list)  # importable in workers; set by load_config

@@ -73,9 +73,7 @@ def _import_tensorflow() -> str:
 class _Zygote:
     """The single-threaded server."""
 
-    def __init__(
-        self, listener: socket.socket, owner_fd: int | None, idle_s: float, problem: str
-    ):
+    def __init__(self, listener: socket.socket, owner_fd: int | None, idle_s: float, problem: str):
         self._listener = listener
         self._owner_fd = owner_fd
         self._idle_s = idle_s

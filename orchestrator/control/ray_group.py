@@ -1,0 +1,429 @@
+"""WorkerGroup on Ray: agents are actors, one for each bundle of one placement group."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.control.agent import Agent
+from orchestrator.control.launcher import Zygote
+from orchestrator.errors import ClusterError, OrchestratorError, StartFailed
+from orchestrator.spec.messages import Death, Message, Request, WorkerOrder
+from orchestrator.spec.plan import Host, RunPlan
+from orchestrator.spec.schema import ClusterConfig, ClusterName, StrategyName
+
+Timed = Callable[[str], AbstractContextManager[Any]]
+
+_LONG_POLL_S = 1.0
+_KILL_TIMEOUT_S = 5.0
+_CONNECT_TIMEOUT_S = 5.0
+_PROOF_TIMEOUT_S = 300.0
+_LOOPBACK = "127.0.0.1"
+_PROJECT_DIR = str(Path(__file__).resolve().parents[2])
+# What an upload to other nodes leaves behind.
+_NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
+_SAME_EVERYWHERE = ("tensorflow", "keras", "ray", "numpy")
+
+
+@dataclass(slots=True)
+class _Seat:
+    """One worker's place: its actor and what is known of its node."""
+
+    worker: int
+    actor: Any
+    node: dict[str, Any]
+    poll: Any = None
+
+
+class RayGroup:
+    """Workers on a Ray cluster: one started for this run, or one that exists.
+
+    Agents stay between attempts, only their processes are replaced; an agent that is lost is
+    replaced with the next attempt.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        zygote: Zygote | None = None,
+        timed: Timed = lambda _: nullcontext(),
+    ):
+        """Do nothing yet.
+
+        Args:
+            config: how to reach Ray.
+            zygote: of this node, for a local cluster; closed with the group.
+            timed: shows a phase while a block runs.
+        """
+        self._config = config
+        self._zygote = zygote
+        self._timed = timed
+        self._attempt = 0
+        self._plan: RunPlan | None = None
+        self._placement: Any = None
+        self._seats: dict[int, _Seat] = {}
+
+    def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
+        """Place an agent for each worker, then start every worker's process.
+
+        Raises:
+            ClusterError: Ray is not there, or has not what the plan asks for.
+            StartFailed: a worker's process could not be started.
+        """
+        self._plan, self._attempt = plan, attempt
+        if not ray.is_initialized():
+            with self._timed("starting Ray" if self._is_local else "joining Ray"):
+                self._initialise(plan)
+        with self._timed("placing workers"):
+            self._place(plan)
+            for worker in range(plan.num_workers):
+                if worker not in self._seats:
+                    self._seats[worker] = self._make_agent(plan, worker)
+            self._describe_nodes()
+        with self._timed("importing TensorFlow"):
+            self._get([seat.actor.warm_up.remote() for seat in self._ordered])
+            self._start_processes(plan, attempt, restore_from)
+
+    def poll(self, timeout_s: float) -> list[Message]:
+        """Wait until any agent has heard something; a lost agent is a `Death`."""
+        for seat in self._ordered:
+            if seat.poll is None:
+                seat.poll = seat.actor.poll.remote(_LONG_POLL_S)
+        by_ref = {seat.poll: seat for seat in self._ordered}
+        if not by_ref:
+            time.sleep(timeout_s)
+            return []
+        done, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s)
+        messages: list[Message] = []
+        for ref in done:
+            seat = by_ref[ref]
+            seat.poll = None
+            try:
+                messages += [m for m in ray.get(ref) if m.attempt == self._attempt]
+            except RayError as error:
+                messages.append(self._agent_lost(seat, error))
+        return messages
+
+    def request(self, request: Request) -> None:
+        """Ask every worker for something."""
+        for seat in self._ordered:
+            seat.actor.request.remote(request)
+
+    def prove_export(self) -> None:
+        """Run the clean-process check of the export on the chief's node."""
+        assert self._plan is not None
+        paths = self._plan.paths
+        log = paths.worker_log(self._attempt, 0).with_name("export-proof.log")
+        proof = self._seats[0].actor.prove_export.remote(str(paths.export_dir), str(log))
+        with self._timed("proving the export"):
+            self._get([proof], timeout_s=_PROOF_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End all processes of the attempt; an agent that does not answer ends with its process."""
+        killing = {seat.worker: seat.actor.kill.remote() for seat in self._ordered}
+        for worker, ref in killing.items():
+            seat = self._seats[worker]
+            seat.poll = None
+            try:
+                ray.get(ref, timeout=_KILL_TIMEOUT_S)
+            except (RayError, GetTimeoutError):
+                # Its process hangs on the agent's pipes and dies with it.
+                ray.kill(seat.actor)
+                del self._seats[worker]
+
+    def close(self) -> None:
+        """Give everything back: actors, placement group, Ray if it was started here, zygote."""
+        try:
+            if ray.is_initialized():
+                for seat in self._ordered:
+                    ray.kill(seat.actor)
+                if self._placement is not None:
+                    remove_placement_group(self._placement)
+                ray.shutdown()
+        finally:
+            self._seats = {}
+            if self._zygote is not None:
+                self._zygote.close()
+                self._zygote = None
+
+    @property
+    def _is_local(self) -> bool:
+        return self._config.name is ClusterName.local
+
+    @property
+    def _ordered(self) -> list[_Seat]:
+        return [self._seats[worker] for worker in sorted(self._seats)]
+
+    def _initialise(self, plan: RunPlan) -> None:
+        if not self._is_local:
+            connect(self._config)
+            return
+        gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # A worker that is killed has nothing to clean up: do not wait 5 s for it.
+        os.environ.setdefault("RAY_kill_worker_timeout_milliseconds", "500")
+        ray.init(
+            address="local",
+            num_cpus=plan.num_workers * plan.cpus_per_worker,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _node_ip_address=_LOOPBACK,
+        )
+
+    def _place(self, plan: RunPlan) -> None:
+        if self._placement is not None:
+            return
+        bundle = _bundle(plan)
+        _refuse_impossible(plan, bundle)
+        self._placement = placement_group(
+            [bundle] * plan.num_workers, strategy=self._config.placement.value
+        )
+        if not self._placement.wait(self._config.start_timeout_s):
+            remove_placement_group(self._placement)
+            self._placement = None
+            raise ClusterError(
+                f"{plan.num_workers} x {_words(bundle)} were not free within "
+                f"{self._config.start_timeout_s:g} s (cluster.start_timeout_s); free now: "
+                f"{_words(ray.available_resources())}. Wait for other jobs, or ask for less with "
+                "strategy.num_workers or cluster.cpus_per_worker"
+            )
+
+    def _make_agent(self, plan: RunPlan, worker: int) -> _Seat:
+        bundle = _bundle(plan)
+        actor = (
+            ray.remote(Agent)
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                max_restarts=0,
+                max_concurrency=8,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=self._placement, placement_group_bundle_index=worker
+                ),
+            )
+            .remote(
+                worker,
+                plan.run,
+                zygote=str(self._zygote.socket_path) if self._zygote is not None else None,
+                use_fork=self._config.fork,
+                driver_silence_s=self._config.driver_silence_s,
+            )
+        )
+        return _Seat(worker, actor, {})
+
+    def _describe_nodes(self) -> None:
+        nodes = self._get([seat.actor.describe_node.remote() for seat in self._ordered])
+        own = Agent.describe_here()
+        differences = []
+        for seat, node in zip(self._ordered, nodes, strict=True):
+            seat.node = node
+            differences += _version_differences(own, node)
+        if differences:
+            raise ClusterError(
+                "the nodes do not run what the driver runs:\n  "
+                + "\n  ".join(sorted(set(differences)))
+                + "\ninstall the same requirements/*.lock everywhere"
+            )
+
+    def _start_processes(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
+        addresses: tuple[str, ...] = ()
+        if plan.config.strategy.name is StrategyName.multi_worker:
+            first, last = map(int, self._config.port_range.split("-"))
+            ports = self._reserve_ports(first, last)
+            hosts = [_LOOPBACK if self._is_local else seat.node["ip"] for seat in self._ordered]
+            addresses = tuple(f"{host}:{port}" for host, port in zip(hosts, ports, strict=True))
+        starting = []
+        for seat in self._ordered:
+            gpus = seat.node["visible_gpus"] if plan.device_kind == "GPU" else ""
+            order = WorkerOrder(
+                plan=plan,
+                worker=seat.worker,
+                attempt=attempt,
+                addresses=addresses,
+                visible_gpus=gpus,
+                restore_from=restore_from,
+            )
+            starting.append(
+                seat.actor.start.remote(
+                    pickle.dumps(order),
+                    attempt,
+                    str(plan.paths.worker_log(attempt, seat.worker)),
+                    str(plan.paths.worker_stacks(attempt, seat.worker)),
+                    list(plan.config.code_dirs),
+                )
+            )
+        self._get(starting)
+
+    def _reserve_ports(self, first: int, last: int) -> list[int]:
+        """Reserve one port after another: agents of one node must not try the same one at once."""
+        return [
+            self._get([seat.actor.reserve_port.remote(first, last)])[0] for seat in self._ordered
+        ]
+
+    def _agent_lost(self, seat: _Seat, error: RayError) -> Death:
+        assert self._plan is not None
+        log = self._plan.paths.worker_log(self._attempt, seat.worker)
+        del self._seats[seat.worker]
+        return Death(
+            worker=seat.worker,
+            attempt=self._attempt,
+            time=time.time(),
+            error=f"its agent on {seat.node.get('host', '?')} is gone: {_first_line(error)}",
+            exit_status=None,
+            log_path=str(log),
+            log_tail="",
+        )
+
+    def _get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
+        """Return the results; errors of an agent are raised as they were raised there."""
+        limit = timeout_s or self._config.start_timeout_s
+        try:
+            return ray.get(refs, timeout=limit)
+        except GetTimeoutError as error:
+            raise StartFailed(
+                f"an agent did not answer within {limit:g} s (cluster.start_timeout_s)"
+            ) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, OrchestratorError):
+                raise error.cause from None
+            raise StartFailed(f"an agent failed: {_first_line(error.cause)}") from error
+        except RayError as error:
+            raise StartFailed(f"an agent could not start: {_first_line(error)}") from error
+
+
+def connect(config: ClusterConfig) -> Host:
+    """Join an existing Ray cluster and tell what each of its nodes offers.
+
+    Raises:
+        ClusterError: nothing answers at the address, the token is missing or wrong, or the cluster
+            runs another version of Ray or Python.
+    """
+    if not ray.is_initialized():
+        address = config.address or "auto"
+        _dial(address)
+        _join(address)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    others = [node for node in nodes if node["NodeManagerAddress"] not in _own_addresses()]
+    if others and "RAY_JOB_ID" not in os.environ and not _has_upload():
+        # Other nodes do not see this checkout; a submitted job has brought its own upload.
+        ray.shutdown()
+        _join(config.address or "auto", upload=_PROJECT_DIR)
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
+    gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
+    return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(gpus, default=0))
+
+
+def _join(address: str, upload: str | None = None) -> None:
+    environment = {"working_dir": upload, "excludes": _NOT_UPLOADED} if upload else None
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env=environment,
+        )
+    except Exception as error:
+        text = str(error)
+        if "ersion mismatch" in text:
+            raise ClusterError(
+                f"the Ray cluster at {address} runs other versions: {_first_line(error)}; this "
+                f"is Ray {ray.__version__} on Python {sys.version.split()[0]}"
+            ) from error
+        if "token" in text.lower() or "authenticat" in text.lower():
+            raise ClusterError(
+                f"the Ray cluster at {address} refuses the token: {_first_line(error)}; set "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+            ) from error
+        raise ClusterError(
+            f"no Ray cluster at cluster.address={address}: {_first_line(error)}; start one with "
+            "`ray start --head`, name another address, or use cluster=local"
+        ) from error
+
+
+def _dial(address: str) -> None:
+    """Find out within seconds whether anything listens; Ray itself tries for much longer."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto" or not colon:
+        return
+    if "://" in address or not port.isdigit():
+        raise ClusterError(
+            f"cluster.address={address} is not auto or host:port; name the port of the head's GCS, "
+            "6379 unless it was started otherwise"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"nothing answers at cluster.address={address}: {error}; start Ray there with "
+            f"`ray start --head --port={port}`, or use cluster=local"
+        ) from error
+
+
+def _own_addresses() -> set[str]:
+    return {_LOOPBACK, "localhost", ray.util.get_node_ip_address()}
+
+
+def _has_upload() -> bool:
+    return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
+
+
+def _bundle(plan: RunPlan) -> dict[str, float]:
+    bundle: dict[str, float] = {"CPU": plan.cpus_per_worker}
+    if plan.device_kind == "GPU":
+        bundle["GPU"] = plan.devices_per_worker
+    return bundle
+
+
+def _refuse_impossible(plan: RunPlan, bundle: dict[str, float]) -> None:
+    """Refuse what the cluster can never give: Ray would wait for it for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = sum(
+        math.floor(min(node.get(kind, 0) / amount for kind, amount in bundle.items()))
+        for node in nodes
+    )
+    if fitting < plan.num_workers:
+        have = "; ".join(_words(node) for node in nodes)
+        raise ClusterError(
+            f"{plan.num_workers} worker(s) of {_words(bundle)} each do not fit the cluster, which "
+            f"has {len(nodes)} node(s): {have}. Lower strategy.num_workers, "
+            "strategy.devices_per_worker or cluster.cpus_per_worker"
+        )
+
+
+def _words(resources: dict[str, float]) -> str:
+    known = [f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if kind in resources]
+    return " and ".join(known) or "nothing"
+
+
+def _version_differences(own: dict[str, Any], node: dict[str, Any]) -> list[str]:
+    pairs = [("Python", own["python"], node["python"])]
+    for package in _SAME_EVERYWHERE:
+        mine, theirs = own["packages"].get(package), node["packages"].get(package)
+        pairs.append((package, mine, theirs))
+    return [
+        f"{node['host']}: {name} {theirs or 'is missing'}, here {mine}"
+        for name, mine, theirs in pairs
+        if mine != theirs
+    ]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,169 @@
+"""A plan as text: what `make plan` prints and the run folder keeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import ClusterName, OptimizerConfig, ScheduleName, StrategyName
+from orchestrator.spec.secrets import mask_text
+
+_LABEL_WIDTH = 13
+_WIDTH = 80
+
+
+def headline(plan: RunPlan) -> list[str]:
+    """Return what the screen shows above a run: a title and a few lines."""
+    return [
+        f"{plan.config.job.name} {plan.run}",
+        f"{_workers(plan)}",
+        f"{_batch(plan)}; {_steps(plan)}",
+        f"run folder {plan.paths.root}",
+    ]
+
+
+def describe(plan: RunPlan) -> str:
+    """Return the whole plan, a line or more for each decision, 80 columns where it can be."""
+    config = plan.config
+    rows = [
+        ("job", f"{config.job.name} ({config.job.class_name}{_arguments(plan)})"),
+        ("workers", _workers(plan)),
+        ("cluster", _cluster(plan)),
+        ("batch", _batch(plan)),
+        ("steps", _steps(plan)),
+        ("evaluation", _evaluation(plan)),
+        ("checkpoints", _checkpoints(plan)),
+        ("optimizer", _optimizer(plan)),
+        ("data", _data(plan)),
+        ("precision", f"{config.precision.policy.value}, compile {config.train.compile.value}"),
+        ("export", _export(plan)),
+        ("run folder", str(plan.paths.root)),
+        ("tracking", f"{mask_text(plan.tracking_uri)}, experiment {experiment_name(plan)}"),
+    ]
+    lines = [line for label, text in rows for line in _wrapped(label, text)]
+    return "\n".join([*lines, *(f"hint: {hint}" for hint in _hints(plan))]) + "\n"
+
+
+def experiment_name(plan: RunPlan) -> str:
+    """Return the MLflow experiment of a run."""
+    return plan.config.tracking.experiment or plan.config.job.name
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    """Break a row at its commas; a path stays whole."""
+    lines, current = [], ""
+    for part in text.split(", "):
+        longer = f"{current}, {part}" if current else part
+        if current and len(longer) > _WIDTH - _LABEL_WIDTH:
+            lines.append(f"{current},")
+            current = part
+        else:
+            current = longer
+    labels = [label, *[""] * len(lines)]
+    return [
+        f"{name:<{_LABEL_WIDTH}}{line}"
+        for name, line in zip(labels, [*lines, current], strict=True)
+    ]
+
+
+def _arguments(plan: RunPlan) -> str:
+    return "".join(f", {name}={value}" for name, value in plan.config.job.args.items())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _workers(plan: RunPlan) -> str:
+    return (
+        f"{_count(plan.num_workers, 'worker')} x {_count(plan.devices_per_worker, plan.device_kind)}"
+        f" = {_count(plan.num_replicas, 'replica')}, {plan.config.strategy.name.value}, "
+        f"{_count(plan.cpus_per_worker, 'CPU thread')} each"
+    )
+
+
+def _cluster(plan: RunPlan) -> str:
+    cluster = plan.config.cluster
+    if cluster.name is ClusterName.inline:
+        return "inline: in this process, without Ray"
+    if cluster.name is ClusterName.local:
+        return "local: a Ray started for this run"
+    return f"existing: Ray at {cluster.address}, placement {cluster.placement.value}"
+
+
+def _batch(plan: RunPlan) -> str:
+    sizes = Counter(plan.replica_batch_sizes)
+    replicas = " + ".join(f"{count} x {size}" for size, count in sizes.items())
+    text = f"{_count(plan.config.train.global_batch_size, 'example')} a step = {replicas}"
+    if plan.config.train.micro_batches > 1:
+        text += f", each in {plan.config.train.micro_batches} micro-batches"
+    return text
+
+
+def _steps(plan: RunPlan) -> str:
+    epoch = float(plan.steps_per_epoch)
+    per_epoch = f"{epoch:,.0f}" if plan.steps_per_epoch.denominator == 1 else f"{epoch:,.2f}"
+    epochs = float(plan.total_steps / plan.steps_per_epoch)
+    return f"{plan.total_steps:,} steps = {epochs:g} epochs of {per_epoch} steps"
+
+
+def _evaluation(plan: RunPlan) -> str:
+    if plan.eval_steps == 0:
+        return "none"
+    every = "at the end"
+    if plan.eval_period is not None:
+        every = f"every {float(plan.eval_period):,.6g} steps and at the end"
+    return (
+        f"{every}, {_count(plan.config.data.num_eval_examples, 'example')} in "
+        f"{_count(plan.eval_steps, 'step')} of {plan.num_replicas} x {plan.eval_batch_size}"
+    )
+
+
+def _checkpoints(plan: RunPlan) -> str:
+    checkpoint = plan.config.checkpoint
+    when = [
+        f"every {checkpoint.every_steps:,} steps" if checkpoint.every_steps else "",
+        f"every {checkpoint.every_s:g} s" if checkpoint.every_s else "",
+        "at the end",
+    ]
+    return f"{', '.join(filter(None, when))}, the newest {checkpoint.keep} are kept"
+
+
+def _optimizer(plan: RunPlan) -> str:
+    optimizer: OptimizerConfig = plan.config.optimizer
+    schedule = plan.config.schedule
+    parts = [f"{optimizer.name.value}", f"learning rate {optimizer.learning_rate:g}"]
+    parts.append(f"{schedule.name.value} schedule")
+    if schedule.warmup_steps:
+        parts.append(f"{schedule.warmup_steps:,} steps of warm-up")
+    if schedule.name is ScheduleName.piecewise:
+        parts.append(f"factors {schedule.factors} at steps {schedule.boundaries}")
+    if optimizer.clip_global_norm is not None:
+        parts.append(f"gradient norm at most {optimizer.clip_global_norm:g}")
+    for name, group in optimizer.groups.items():
+        if group.learning_rate is not None:
+            parts.append(f"{name} at {group.learning_rate:g}")
+    return ", ".join(parts)
+
+
+def _data(plan: RunPlan) -> str:
+    where = f"from {plan.data_path}" if plan.data_path else f"kept in {plan.data_dir}"
+    return f"{_count(plan.config.data.num_examples, 'example')}, {where}"
+
+
+def _export(plan: RunPlan) -> str:
+    export = plan.config.export
+    if not export.enabled:
+        return "none"
+    name = f", registered as {export.register}" if export.register else ""
+    return f"SavedModel, proven in a clean process{name}"
+
+
+def _hints(plan: RunPlan) -> list[str]:
+    hints = []
+    strategy = plan.config.strategy
+    if strategy.name is StrategyName.multi_worker and plan.num_workers == 1:
+        hints.append("multi_worker with one worker does what strategy=mirrored does with less")
+    if strategy.name is StrategyName.mirrored and plan.num_replicas == 1:
+        hints.append("no GPU found: one CPU device. strategy.devices_per_worker=2 makes two")
+    return hints

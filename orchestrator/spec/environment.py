@@ -1,0 +1,59 @@
+"""Variables of the environment that would change a run behind its configuration's back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from orchestrator.spec.schema import ClusterName, RunConfig
+
+# Variable -> why it is not honoured, and what to use instead.
+_OVERRULED = {
+    "TF_CONFIG": "the plan makes TF_CONFIG for each worker",
+    "TF_USE_LEGACY_KERAS": "Keras 3 is what trains here",
+    "MLFLOW_TRACKING_URI": "the record goes where tracking.uri says",
+    "MLFLOW_RUN_ID": "a run is continued with resume=RUN",
+    "MLFLOW_EXPERIMENT_NAME": "the experiment is tracking.experiment",
+    "MLFLOW_EXPERIMENT_ID": "the experiment is tracking.experiment",
+    "MLFLOW_REGISTRY_URI": "models are registered where tracking.uri says",
+}
+_PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+_LOOPBACK = "localhost,127.0.0.1,::1"
+
+
+def inspect_environment(
+    environ: Mapping[str, str], config: RunConfig
+) -> tuple[list[str], dict[str, str | None]]:
+    """Find what would hijack a run.
+
+    Args:
+        environ: the environment of the driver.
+        config: the run's configuration.
+
+    Returns:
+        What to tell the user, and the changes to the environment; None unsets a variable.
+    """
+    notices: list[str] = []
+    changes: dict[str, str | None] = {}
+    for name, reason in _OVERRULED.items():
+        if environ.get(name):
+            notices.append(f"{name} is set and not honoured: {reason}")
+            changes[name] = None
+    if environ.get("RAY_ADDRESS") and config.cluster.name is ClusterName.local:
+        notices.append(
+            f"RAY_ADDRESS={environ['RAY_ADDRESS']} is set and not honoured: cluster=local starts "
+            "its own Ray; join that one with cluster=existing"
+        )
+        changes["RAY_ADDRESS"] = None
+    backend = environ.get("KERAS_BACKEND", "tensorflow")
+    if backend != "tensorflow":
+        notices.append(f"KERAS_BACKEND={backend} is set and not honoured: TensorFlow trains here")
+        changes["KERAS_BACKEND"] = "tensorflow"
+    for name in ("XLA_FLAGS", "TF_XLA_FLAGS", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES"):
+        if environ.get(name):
+            notices.append(f"{name}={environ[name]} is set and honoured")
+    if any(environ.get(name) for name in _PROXIES):
+        known = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+        if "127.0.0.1" not in known:
+            notices.append("a proxy is set: loopback is taken out of it (no_proxy)")
+            changes["no_proxy"] = changes["NO_PROXY"] = ",".join(filter(None, [known, _LOOPBACK]))
+    return notices, changes

@@ -1,0 +1,276 @@
+"""Rules between keys: all that are broken are told at once."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ConfigError
+from orchestrator.spec.schema import (
+    ClusterName,
+    OptimizerConfig,
+    OptimizerGroup,
+    OptimizerName,
+    RunConfig,
+    ScheduleName,
+    StrategyName,
+)
+
+_MAX_SEED = 2**63 - 1
+_RUN_NAME = re.compile(r"[\w][\w.\-]*")
+_PORTS = re.compile(r"(\d+)-(\d+)")
+_ADAM = {"weight_decay", "beta_1", "beta_2", "epsilon"}
+# What Keras 3.15's constructors take, besides the learning rate.
+_ACCEPTED = {
+    OptimizerName.adam: _ADAM,
+    OptimizerName.adamw: _ADAM,
+    OptimizerName.sgd: {"weight_decay", "momentum", "nesterov"},
+    OptimizerName.rmsprop: {"weight_decay", "rho", "momentum", "epsilon"},
+    OptimizerName.lion: {"weight_decay", "beta_1", "beta_2"},
+}
+_ARGUMENTS = ("weight_decay", "beta_1", "beta_2", "epsilon", "momentum", "nesterov", "rho")
+
+
+def validate(config: RunConfig) -> None:
+    """Check what types cannot say.
+
+    Raises:
+        ConfigError: every broken rule, a line each.
+    """
+    errors = [
+        *_numbers(config),
+        *_strategy(config),
+        *_lengths(config),
+        *_optimizer(config),
+        *_names(config),
+        *_job_class(config),
+    ]
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _numbers(config: RunConfig) -> Iterator[str]:
+    at_least: list[tuple[str, float | None, float]] = [
+        ("strategy.num_workers", config.strategy.num_workers, 1),
+        ("train.global_batch_size", config.train.global_batch_size, 1),
+        ("train.micro_batches", config.train.micro_batches, 1),
+        ("train.steps", config.train.steps, 1),
+        ("train.eval_every_steps", config.train.eval_every_steps, 1),
+        ("train.max_block_steps", config.train.max_block_steps, 1),
+        ("train.seed", config.train.seed, 0),
+        ("data.num_examples", config.data.num_examples, 1),
+        ("data.num_eval_examples", config.data.num_eval_examples, 0),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("recovery.max_restarts", config.recovery.max_restarts, 0),
+        ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
+        ("cluster.cpus_per_worker", config.cluster.cpus_per_worker, 1),
+    ]
+    positive: list[tuple[str, float | None]] = [
+        ("train.epochs", config.train.epochs),
+        ("train.eval_every_epochs", config.train.eval_every_epochs),
+        ("train.block_s", config.train.block_s),
+        ("checkpoint.every_s", config.checkpoint.every_s),
+        ("recovery.start_patience_s", config.recovery.start_patience_s),
+        ("recovery.step_patience_s", config.recovery.step_patience_s),
+        ("cluster.start_timeout_s", config.cluster.start_timeout_s),
+        ("tracking.timeout_s", config.tracking.timeout_s),
+        ("optimizer.learning_rate", config.optimizer.learning_rate),
+        ("optimizer.clip_global_norm", config.optimizer.clip_global_norm),
+        *(
+            (f"optimizer.groups.{name}.learning_rate", group.learning_rate)
+            for name, group in config.optimizer.groups.items()
+        ),
+    ]
+    for key, value, least in at_least:
+        if value is not None and not value >= least:
+            yield f"{key}={value}: must be at least {least}"
+    for key, value in positive:
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            yield f"{key}={value}: must be a number greater than 0"
+    if config.train.seed > _MAX_SEED:
+        yield f"train.seed={config.train.seed}: must be at most 2^63-1"
+    if config.recovery.max_restarts > 1000:
+        yield f"recovery.max_restarts={config.recovery.max_restarts}: must be at most 1000"
+    # An agent's long poll lasts a second: a shorter limit would end healthy workers.
+    if config.cluster.driver_silence_s < 3:
+        yield f"cluster.driver_silence_s={config.cluster.driver_silence_s}: must be at least 3"
+    if config.recovery.step_patience_s < 2 * config.train.block_s:
+        yield (
+            f"recovery.step_patience_s={config.recovery.step_patience_s:g} is shorter than two "
+            f"blocks of train.block_s={config.train.block_s:g}: every block would be a stall"
+        )
+
+
+def _strategy(config: RunConfig) -> Iterator[str]:
+    strategy, cluster = config.strategy, config.cluster
+    if strategy.name is not StrategyName.multi_worker and strategy.num_workers > 1:
+        yield (
+            f"strategy.num_workers={strategy.num_workers} with strategy={strategy.name.value}: "
+            "several workers need strategy=multi_worker; several devices of one host are "
+            "strategy=mirrored strategy.devices_per_worker=N"
+        )
+    devices = strategy.devices_per_worker
+    if devices != "auto" and not (devices.isdigit() and int(devices) >= 1):
+        yield f"strategy.devices_per_worker={devices}: must be auto or a whole number from 1"
+    elif strategy.name is StrategyName.one_device and devices != "1":
+        yield f"strategy.devices_per_worker={devices} with strategy=one_device: use mirrored"
+    if strategy.min_workers is not None and not 1 <= strategy.min_workers <= strategy.num_workers:
+        yield (
+            f"strategy.min_workers={strategy.min_workers}: must be from 1 to "
+            f"strategy.num_workers={strategy.num_workers}"
+        )
+    if cluster.name is ClusterName.inline and strategy.name is StrategyName.multi_worker:
+        yield (
+            "cluster=inline with strategy=multi_worker: one process cannot be several workers; "
+            "use cluster=local, or strategy=mirrored"
+        )
+    if cluster.name is not ClusterName.existing and cluster.address is not None:
+        yield (
+            f"cluster.address={cluster.address} with cluster={cluster.name.value}: an address "
+            "belongs to cluster=existing"
+        )
+    match = _PORTS.fullmatch(cluster.port_range)
+    if not match or not 1024 <= int(match[1]) <= int(match[2]) <= 65535:
+        yield f"cluster.port_range={cluster.port_range}: must be FIRST-LAST within 1024-65535"
+    elif int(match[2]) - int(match[1]) + 1 < strategy.num_workers:
+        yield (
+            f"cluster.port_range={cluster.port_range} has fewer ports than "
+            f"strategy.num_workers={strategy.num_workers}"
+        )
+
+
+def _lengths(config: RunConfig) -> Iterator[str]:
+    train, schedule = config.train, config.schedule
+    if train.epochs is None and train.steps is None:
+        yield "train.epochs and train.steps are both null: set one of them"
+    if (
+        train.steps is not None
+        and schedule.warmup_steps >= train.steps
+        and schedule.warmup_steps > 0
+    ):
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps} is not shorter than "
+            f"train.steps={train.steps}"
+        )
+    if schedule.name is ScheduleName.piecewise:
+        if len(schedule.factors) != len(schedule.boundaries) + 1:
+            yield (
+                f"schedule.factors has {len(schedule.factors)} values for "
+                f"{len(schedule.boundaries)} schedule.boundaries: one more is needed"
+            )
+        if sorted(set(schedule.boundaries)) != schedule.boundaries:
+            yield f"schedule.boundaries={schedule.boundaries}: must increase"
+    elif schedule.factors or schedule.boundaries:
+        yield f"schedule.boundaries and schedule.factors with schedule={schedule.name.value}: only piecewise has them"
+    log = config.tracking.log_every_steps
+    if log != "auto" and not (log.isdigit() and int(log) >= 1):
+        yield f"tracking.log_every_steps={log}: must be auto or a whole number from 1"
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer: OptimizerConfig = config.optimizer
+    sections: list[tuple[str, OptimizerGroup]] = [("optimizer", optimizer)]
+    sections += [(f"optimizer.groups.{name}", group) for name, group in optimizer.groups.items()]
+    accepted = _ACCEPTED[optimizer.name]
+    for section, group in sections:
+        for argument in _ARGUMENTS:
+            if getattr(group, argument) is not None and argument not in accepted:
+                yield (
+                    f"{section}.{argument}={getattr(group, argument)}: {optimizer.name.value} has "
+                    f"no {argument}; it takes {', '.join(sorted(accepted))}"
+                )
+    if optimizer.learning_rate is None:
+        yield "optimizer.learning_rate is null: set it"
+
+
+def _names(config: RunConfig) -> Iterator[str]:
+    for key, name in (("run_name", config.run_name), ("job.name", config.job.name)):
+        if name is not None and not (_RUN_NAME.fullmatch(name) and ".." not in name):
+            yield f"{key}={name!r}: only letters, digits, `_`, `-` and `.`; it names a folder"
+    uri = config.tracking.uri
+    if uri is not None and not uri.startswith(("sqlite:///", "http://", "https://")):
+        yield (
+            f"tracking.uri={uri}: must begin with sqlite:///, http:// or https:// (MLflow's file "
+            "store is no longer supported)"
+        )
+    if config.export.register and re.search(r"[/:]", config.export.register):
+        yield f"export.register={config.export.register}: MLflow allows neither / nor : in it"
+
+
+def _job_class(config: RunConfig) -> Iterator[str]:
+    """Read, without importing anything, that the job's class exists and takes its arguments."""
+    name = config.job.class_name
+    key = f"job.class_name={name}"
+    module, _, class_name = name.rpartition(".")
+    if not module or not all(part.isidentifier() for part in name.split(".")):
+        yield f"{key}: must be a dotted name such as jobs.mnist.Mnist"
+        return
+    folder = _folder_of(module, config.code_dirs)
+    if folder is None:
+        dirs = " or ".join(config.code_dirs[1:]) or "a folder given with --config-dir"
+        yield f"{key}: only classes in the package jobs, or in {dirs}, are trusted"
+        return
+    path = folder / (module.replace(".", "/") + ".py")
+    if not path.is_file():
+        yield f"{key}: there is no file {path}"
+        return
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        yield f"{key}: {path} is not valid Python: {error}"
+        return
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    if class_name not in classes:
+        has = f"it has {', '.join(classes)}" if classes else "it has no classes"
+        yield f"{key}: {path} does not define the class {class_name}; {has}"
+        return
+    yield from _arguments(classes, class_name, config.job.args)
+
+
+def _folder_of(module: str, code_dirs: list[str]) -> Path | None:
+    """Return the trusted folder that a module belongs to."""
+    top = module.split(".")[0]
+    for own in map(Path, code_dirs[1:]):
+        if (own / f"{top}.py").is_file() or (own / top).is_dir():
+            return own
+    return Path(code_dirs[0]) if top == "jobs" else None
+
+
+def _arguments(classes: dict[str, ast.ClassDef], name: str, args: dict[str, Any]) -> Iterator[str]:
+    """Compare `job.args` with the constructor, following bases within the file."""
+    init = _constructor(classes, name)
+    if init is None:
+        accepted, required, anything = [], [], False
+    else:
+        spec = init.args
+        names = [arg.arg for arg in (*spec.posonlyargs, *spec.args)][1:]
+        accepted = names + [arg.arg for arg in spec.kwonlyargs]
+        required = names[: len(names) - len(spec.defaults)] + [
+            arg.arg
+            for arg, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
+            if default is None
+        ]
+        anything = spec.kwarg is not None
+    for given in args:
+        if given not in accepted and not anything:
+            takes = f"it takes {', '.join(accepted)}" if accepted else "it takes no arguments"
+            yield f"job.args.{given}: {name} has no such argument; {takes}"
+    for needed in required:
+        if needed not in args:
+            yield f"job.args.{needed} is missing: {name} needs it"
+
+
+def _constructor(classes: dict[str, ast.ClassDef], name: str) -> ast.FunctionDef | None:
+    node = classes[name]
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return item
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in classes and base.id != name:
+            return _constructor(classes, base.id)
+    return None
