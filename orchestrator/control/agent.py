@@ -24,6 +24,8 @@ _PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy")
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 8192
 _WATCH_INTERVAL_S = 0.5
+_PROOF = Path(__file__).resolve().parents[1] / "track" / "mlflow_model.py"
+_PROOF_TIMEOUT_S = 240.0
 
 
 class Agent:
@@ -60,7 +62,12 @@ class Agent:
         threading.Thread(target=self._fence, name="fence", daemon=True).start()
 
     def describe_node(self) -> dict[str, Any]:
-        """Return the node's name, address, Python and package versions, and assigned GPUs."""
+        """Return what `describe_here` tells about the agent's node."""
+        return self.describe_here()
+
+    @staticmethod
+    def describe_here() -> dict[str, Any]:
+        """Return this node's name, address, versions and assigned GPUs."""
         found = {}
         for package in _PACKAGES:
             try:
@@ -69,6 +76,7 @@ class Agent:
                 continue
         return {
             "host": socket.gethostname(),
+            "ip": _address(),
             "python": platform.python_version(),
             "packages": found,
             "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
@@ -144,24 +152,18 @@ class Agent:
         if self._process is not None:
             self._process.request(request)
 
-    def prove_export(self, script: str, export_dir: str, log: str, timeout_s: float) -> int | None:
-        """Run the proof of an export in a process without the project's code.
-
-        Returns:
-            Its exit status, or None if it did not end in time.
-        """
+    def prove_export(self, export_dir: str, log: str) -> None:
+        """Check an export in a process without the project's code; it writes down what it found."""
         own = _own_paths([])
         project = str(Path(__file__).resolve().parents[2])
         # The current folder counts: it is often the project's.
         paths = tuple(path for path in own if path not in ("", project, os.getcwd()))
-        launch = Launch(log=Path(log), sys_path=paths, script=Path(script), argv=(export_dir,))
+        launch = Launch(log=Path(log), sys_path=paths, script=_PROOF, argv=(export_dir,))
         self.warm_up()
         child = self._launch(launch, ())
         try:
-            if not child.wait(timeout_s):
+            if not child.wait(_PROOF_TIMEOUT_S):
                 child.signal(signal.SIGKILL)
-                return None
-            return child.exit_status()
         finally:
             child.close()
 
@@ -279,6 +281,18 @@ class _Process:
             log_path=str(self._log),
             log_tail=log_tail(self._log),
         )
+
+
+def _address() -> str:
+    """Return the address other hosts reach this node by, as far as routing tells."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Nothing is sent: connecting a datagram socket only asks for the route.
+            probe.connect(("192.0.2.1", 9))
+            address: str = probe.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+        return address
 
 
 def describe_status(status: int | None) -> str:

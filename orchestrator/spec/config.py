@@ -18,7 +18,7 @@ from orchestrator.spec.validate import validate
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = PROJECT_DIR / "conf"
 _GROUPS = ("job", "strategy", "cluster", "optimizer", "schedule")
-_FREE_SECTIONS = ("job.args.", "optimizer.groups.")
+_FREE_SECTIONS = ("job.args.",)
 # Set by load_config, not by people.
 _INTERNAL_KEYS = {"code_dirs"}
 _MAX_LINES = 4
@@ -99,7 +99,7 @@ def _short_job(override: str) -> str:
 
 
 def _free_key(override: str) -> str:
-    """Let constructor arguments and parameter groups be given that no file names."""
+    """Let constructor arguments be given that no file names."""
     return f"++{override}" if override.startswith(_FREE_SECTIONS) else override
 
 

@@ -1,0 +1,132 @@
+"""What is checked before the first worker is started: a list of checks, each a function."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import ConfigError, OrchestratorError, PlanError, StorageError
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import ClusterName
+
+_NEEDED_BYTES = 300 * 2**20
+_SMALL_SHM_BYTES = 128 * 2**20
+_FEW_FILES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found: refused with `error`, or only said when `error` is None."""
+
+    text: str
+    error: type[OrchestratorError] | None = None
+
+
+Check = Callable[[RunPlan], Finding | None]
+
+
+def run_checks(plan: RunPlan) -> list[str]:
+    """Run all checks.
+
+    Returns:
+        What is worth saying but stops nothing.
+
+    Raises:
+        OrchestratorError: all refusals together, as the first one's kind.
+    """
+    findings = [finding for check in CHECKS if (finding := check(plan)) is not None]
+    refused = [finding for finding in findings if finding.error is not None]
+    if refused:
+        assert refused[0].error is not None
+        raise refused[0].error("\n".join(finding.text for finding in refused))
+    return [finding.text for finding in findings]
+
+
+def _folder_is_writable(plan: RunPlan) -> Finding | None:
+    probe = plan.paths.root / ".probe"
+    try:
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        return Finding(
+            f"the run folder {plan.paths.root} cannot be written: {error.strerror}; set runs_dir "
+            "to a folder that can",
+            StorageError,
+        )
+    return None
+
+
+def _disk_has_space(plan: RunPlan) -> Finding | None:
+    free = shutil.disk_usage(plan.paths.root).free
+    if free >= _NEEDED_BYTES:
+        return None
+    return Finding(
+        f"{plan.paths.root} has {free / 2**20:,.0f} MB free, a run needs at least "
+        f"{_NEEDED_BYTES / 2**20:,.0f} MB; make room, or set runs_dir to another disk",
+        StorageError,
+    )
+
+
+def _data_path_exists(plan: RunPlan) -> Finding | None:
+    if plan.data_path is None or plan.config.cluster.name is ClusterName.existing:
+        return None
+    if Path(plan.data_path).exists():
+        return None
+    return Finding(f"data.path={plan.data_path}: there is nothing there", ConfigError)
+
+
+def _network_is_trusted(plan: RunPlan) -> Finding | None:
+    cluster = plan.config.cluster
+    beyond_loopback = cluster.name is ClusterName.existing and plan.num_workers > 1
+    if not beyond_loopback or cluster.trusted_network:
+        return None
+    return Finding(
+        f"{plan.num_workers} workers on an existing cluster talk through TensorFlow's own ports "
+        f"({cluster.port_range}), which have no authentication and let anyone who reaches them "
+        "run code; if the network is closed to others, say so with cluster.trusted_network=true",
+        PlanError,
+    )
+
+
+def _shared_memory_is_large(plan: RunPlan) -> Finding | None:
+    shm = Path("/dev/shm")
+    if plan.config.cluster.name is not ClusterName.local or not shm.is_dir():
+        return None
+    size = shutil.disk_usage(shm).total
+    if size >= _SMALL_SHM_BYTES:
+        return None
+    return Finding(f"/dev/shm has {size / 2**20:.0f} MB: Ray falls back to slower files in /tmp")
+
+
+def _files_may_be_opened(plan: RunPlan) -> Finding | None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= _FEW_FILES:
+        return None
+    # Raising the soft limit up to the hard one needs no rights.
+    wanted = hard if hard != resource.RLIM_INFINITY else 65536
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 65536), hard))
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= _FEW_FILES:
+        return None
+    return Finding(f"at most {soft} files may be open (ulimit -n); Ray may need {_FEW_FILES}")
+
+
+def _home_is_writable(plan: RunPlan) -> Finding | None:
+    home = Path(os.environ.get("HOME", ""))
+    if str(home) != "." and os.access(home, os.W_OK):
+        return None
+    return Finding("HOME is missing or read-only: Ray keeps its token in the temporary folder")
+
+
+CHECKS: list[Check] = [
+    _folder_is_writable,
+    _disk_has_space,
+    _data_path_exists,
+    _network_is_trusted,
+    _shared_memory_is_large,
+    _files_may_be_opened,
+    _home_is_writable,
+]
