@@ -19,6 +19,7 @@ from orchestrator.spec.messages import (
     Ended,
     Exported,
     Message,
+    Notice,
     Outcome,
     Phase,
     Ready,
@@ -73,7 +74,7 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
     strategy = build_strategy(order, devices)
 
     reporter.enter(Phase.loading_data)
-    datasets.set_reporter(reporter.progress)
+    datasets.set_reporter(reporter.progress, lambda text: reporter.tell(Notice, text=text))
     job = load_job(plan)
     train_source = load_source(job, plan, Split.TRAIN)
     eval_source = load_source(job, plan, Split.EVAL) if plan.eval_steps else None

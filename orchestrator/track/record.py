@@ -1,0 +1,59 @@
+"""The record of a run while a driver holds it: the journal first, then MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.track.facts import RunFacts
+from orchestrator.track.journal import Journal, read
+from orchestrator.track.mlflow_projection import Projection, Report
+from orchestrator.track.points import WindowChoice
+
+
+class Record:
+    """Journals what happens and hands it to MLflow's thread, in one order."""
+
+    def __init__(self, path: Path, facts: RunFacts, *, notice: Callable[[str], None]):
+        """Open the journal and write down the facts.
+
+        The records of earlier drivers go to MLflow again: what it has already, it keeps once.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        self._journal = Journal(path)
+        self._choice = WindowChoice(facts.log_every_steps)
+        self._projection = Projection(facts, keep=self._journal.append, notice=notice)
+        for record in read(path):
+            self._choice.look_at(record)
+            self._projection.put(record)
+        self.add(facts.record(time.time()))
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Journal a record, then pass it on.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        window = self._choice.look_at(record)
+        if window is not None:
+            self._keep({"kind": "Window", "time": record["time"], "log_every_steps": window})
+        self._keep(dict(record))
+
+    def start_tracking(self) -> None:
+        """Let MLflow's thread begin; it takes seconds of CPU that training could use."""
+        self._projection.start()
+
+    def end(self, status: str, cause: str, deadline_s: float) -> Report:
+        """Write down how the run ended and bring MLflow up to date."""
+        self.add({"kind": "RunEnded", "time": time.time(), "status": status, "cause": cause})
+        report = self._projection.finish(status, deadline_s)
+        self._journal.close()
+        return report
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._journal.append(record)
+        self._projection.put(record)
