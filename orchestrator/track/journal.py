@@ -133,7 +133,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _encode(number: int, record: Mapping[str, Any]) -> bytes:
-    body = json.dumps(_compact(record), separators=(",", ":"), default=_plain).encode()
+    body = json.dumps(record, separators=(",", ":"), default=_plain).encode()
     return b'{"n":%d,"crc":"%08x","record":%s}\n' % (number, _checksum(number, body), body)
 
 

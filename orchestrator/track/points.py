@@ -1,18 +1,23 @@
-"""Journal records -> metric points. Pure: the same journal always gives the same points."""
+"""Journal records -> metric points: means over windows of steps, each step counted once.
+
+Window w covers the steps (w-1)*n+1 .. w*n and gives one point a metric at its last step. Block
+borders play no part, because they move after a recovery; the sums run step by step, so that even
+the last bit of a mean does not depend on them. The same journal always gives the same points.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-_POINTS_PER_S = 4.0
-_ROUND_FACTORS = (1, 2, 5)
+# A metric gets at most so many points a second when tracking.log_every_steps is auto.
+_MAX_POINTS_PER_S = 5.0
+_CHIEF = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One value of one metric, as MLflow keeps it."""
+class Point(NamedTuple):
+    """One value of one metric; the timestamp is Unix time in ms."""
 
     key: str
     value: float
@@ -20,132 +25,160 @@ class Point:
     step: int
 
 
-@dataclass(slots=True)
-class _Window:
-    """Sums of the metrics of steps not yet reported."""
-
-    totals: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str, value: float, count: int = 1) -> None:
-        self.totals[name] = self.totals.get(name, 0.0) + value
-        self.counts[name] = self.counts.get(name, 0) + count
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.counts[name] for name, total in self.totals.items()}
-
-
 class Points:
-    """Turns the records of a run, in the order of its journal, into points.
+    """Turns the records of one run, in order, into points; memory does not grow with the steps.
 
-    A point is the mean over a window of steps; windows end at multiples of `log_every_steps`, never
-    at the borders of blocks, which fall elsewhere after a recovery. The steps of an attempt that
-    were done already by an earlier one are passed over: a replay repeats them.
+    Attributes:
+        window: steps of a window; None until the first measured speed has chosen it. Whoever
+            feeds the records journals the choice as `Window`, once a run.
     """
 
-    def __init__(self, log_every_steps: str, global_batch_size: int):
-        """Begin.
+    def __init__(self, log_every_steps: str | int, global_batch_size: int):
+        """Prepare for a run.
 
         Args:
-            log_every_steps: a number, or `auto` to wait for the journal's `Window` record.
-            global_batch_size: examples a step.
+            log_every_steps: steps of a window, or "auto".
+            global_batch_size: examples a step, for examples/s.
         """
-        self._every = None if log_every_steps == "auto" else int(log_every_steps)
-        self._examples = global_batch_size
-        self._window = _Window()
-        self._done: dict[int, int] = {}  # worker -> the last step counted
-        self._evaluated = 0
-        self._time_ms = 0
+        self.window = None if log_every_steps == "auto" else int(log_every_steps)
+        self._global_batch_size = global_batch_size
+        self._waiting: list[Mapping[str, Any]] = []
+        self._windows: dict[int, _Window] = {}
+        self._last_evaluated = 0
 
-    def feed(self, record: Mapping[str, Any]) -> Iterator[Point]:
-        """Take in the next record and yield the points that are complete with it."""
-        kind = record.get("kind")
-        if kind == "Window":
-            self._every = int(record["log_every_steps"])
-        elif kind == "BlockDone":
-            yield from self._block(record)
-        elif kind == "Evaluated" and int(record["step"]) > self._evaluated:
-            self._evaluated = int(record["step"])
-            for name, value in record["metrics"].items():
-                yield Point(f"eval/{name}", value, _ms(record), self._evaluated)
-        elif kind == "RunEnded":
-            yield from self._close(self._done.get(0, 0))
+    def feed(self, record: Mapping[str, Any]) -> list[Point]:
+        """Take the next record and return the points that it completes."""
+        return list(self._feed(record))
+
+    def _feed(self, record: Mapping[str, Any]) -> Iterator[Point]:
+        match record.get("kind"):
+            case "Window":
+                # The choice in the journal stands, even when another one was made since.
+                self.window = int(record["log_every_steps"])
+                yield from self._catch_up()
+            case "BlockDone":
+                yield from self._block(record)
+            case "Evaluated":
+                yield from self._evaluated(record)
+            case "RunEnded":
+                if self._waiting:
+                    self._choose(self._waiting[-1])
+                yield from self._catch_up()
+                for window in self._windows.values():
+                    yield from window.close()
 
     def _block(self, record: Mapping[str, Any]) -> Iterator[Point]:
-        worker = int(record["worker"])
-        first, count = int(record["first_step"]), int(record["num_steps"])
-        done = self._done.get(worker, 0)
-        step_ms = 1000 * float(record["wall_s"]) / count
-        skip = max(0, done - first)
-        if skip >= count:
+        if self.window is None:
+            self._waiting.append(record)
+            # An attempt's first block holds the tracing: the chief's second one tells the speed.
+            if record["worker"] != _CHIEF or self._num_waiting_of_chief() < 2:
+                return
+            self._choose(record)
+            yield from self._catch_up()
             return
-        self._done[worker] = first + count
-        if worker != 0:
-            # Its own point a block: the windows follow the chief's steps.
-            yield Point(f"worker/{worker}/step_ms", step_ms, _ms(record), first + count)
+        worker = record["worker"]
+        if worker not in self._windows:
+            self._windows[worker] = _Window(worker, self.window, self._global_batch_size)
+        yield from self._windows[worker].add(record)
+
+    def _num_waiting_of_chief(self) -> int:
+        return sum(record["worker"] == _CHIEF for record in self._waiting)
+
+    def _choose(self, record: Mapping[str, Any]) -> None:
+        self.window = auto_window(record["num_steps"] / max(record["wall_s"], 1e-9))
+
+    def _catch_up(self) -> Iterator[Point]:
+        waiting, self._waiting = self._waiting, []
+        for record in waiting:
+            yield from self._block(record)
+
+    def _evaluated(self, record: Mapping[str, Any]) -> Iterator[Point]:
+        step = record["step"]
+        if step <= self._last_evaluated:
             return
-        series = {"train/loss": record["loss"], "train/learning_rate": record["learning_rate"]}
-        series |= {f"train/{name}": values for name, values in record["metrics"].items()}
-        self._time_ms = _ms(record)
-        wait = float(record["data_wait_s"]) / max(float(record["wall_s"]), 1e-9)
-        for index in range(skip, count):
-            for name, values in series.items():
-                if index < len(values):
-                    self._window.add(name, values[index])
-            self._window.add("perf/step_ms", step_ms)
-            self._window.add("perf/data_wait_fraction", wait)
-            step = first + index + 1
-            if self._every is not None and step % self._every == 0:
-                yield from self._close(step)
-
-    def _close(self, step: int) -> Iterator[Point]:
-        means, self._window = self._window.means(), _Window()
-        if "perf/step_ms" in means:
-            means["worker/0/step_ms"] = means["perf/step_ms"]
-            means["perf/examples_per_s"] = 1000 * self._examples / max(means["perf/step_ms"], 1e-9)
-        for name, value in means.items():
-            yield Point(name, value, self._time_ms, step)
+        self._last_evaluated = step
+        for name, value in record["metrics"].items():
+            yield Point(f"eval/{name}", value, _milliseconds(record), step)
 
 
-class WindowChoice:
-    """Chooses, once a run, how many steps a point stands for.
-
-    The choice is journaled before the block it was made from, so that whoever reads the journal
-    cuts the same windows.
-    """
-
-    def __init__(self, log_every_steps: str):
-        """Begin; a number leaves nothing to choose."""
-        self._open = log_every_steps == "auto"
-        self._traced = False
-
-    def look_at(self, record: Mapping[str, Any]) -> int | None:
-        """Return the window if this record decides it: the chief's second block of an attempt.
-
-        The first block is not looked at, since its time is that of tracing.
-        """
-        kind = record.get("kind")
-        if kind == "Window":
-            self._open = False
-        elif kind == "AttemptStarted":
-            self._traced = False
-        elif kind == "BlockDone" and record["worker"] == 0 and self._open:
-            if self._traced:
-                self._open = False
-                steps_per_s = record["num_steps"] / max(record["wall_s"], 1e-9)
-                return round_window(steps_per_s / _POINTS_PER_S)
-            self._traced = True
-        return None
-
-
-def round_window(steps: float) -> int:
-    """Return the largest of 1, 2, 5, 10, 20, 50 ... that is not above `steps`; at least 1."""
-    best, scale = 1, 1
-    while scale <= steps:
-        best = max([best, *(scale * f for f in _ROUND_FACTORS if scale * f <= steps)])
+def auto_window(steps_per_s: float) -> int:
+    """Return the smallest of 1, 2, 5, 10, 20, 50, ... that gives at most 5 points a second."""
+    scale = 1
+    while True:
+        for digit in (1, 2, 5):
+            if steps_per_s / (digit * scale) <= _MAX_POINTS_PER_S:
+                return digit * scale
         scale *= 10
-    return best
 
 
-def _ms(record: Mapping[str, Any]) -> int:
-    return int(float(record["time"]) * 1000)
+class _Window:
+    """The window that one worker is in."""
+
+    def __init__(self, worker: int, num_steps: int, global_batch_size: int):
+        self._worker = worker
+        self._num_steps = num_steps
+        self._global_batch_size = global_batch_size
+        self._last_step = 0
+        self._timestamp_ms = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps = 0
+        self._wall_s = 0.0
+        self._data_wait_s = 0.0
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, block: Mapping[str, Any]) -> Iterator[Point]:
+        """Count the steps of a block that were not counted yet."""
+        first, total = block["first_step"], block["num_steps"]
+        position, end = max(first, self._last_step), first + total
+        while position < end:
+            border = (position // self._num_steps + 1) * self._num_steps
+            if self._steps and self._last_step // self._num_steps != position // self._num_steps:
+                yield from self.close()  # steps are missing from the journal
+            stop = min(border, end)
+            self._count(block, position - first, stop - first)
+            self._last_step = position = stop
+            self._timestamp_ms = _milliseconds(block)
+            if stop == border:
+                yield from self.close()
+
+    def _count(self, block: Mapping[str, Any], start: int, stop: int) -> None:
+        """Add the steps of a block from index `start` up to `stop`."""
+        steps = stop - start
+        self._steps += steps
+        self._wall_s += block["wall_s"] * steps / block["num_steps"]
+        self._data_wait_s += block["data_wait_s"] * steps / block["num_steps"]
+        if self._worker != _CHIEF:
+            return
+        # A skipped step changed nothing: its loss, which is not finite, says nothing either.
+        skipped = {step - block["first_step"] - 1 for step in block["skipped_steps"]}
+        series = {"train/loss": block["loss"], "train/learning_rate": block["learning_rate"]}
+        series |= {f"train/{name}": values for name, values in block["metrics"].items()}
+        for key, values in series.items():
+            total, count = self._sums.get(key, (0.0, 0))
+            for index, value in enumerate(values[start:stop], start):
+                if index not in skipped:
+                    total, count = total + value, count + 1
+            self._sums[key] = total, count
+
+    def close(self) -> Iterator[Point]:
+        """Give the points of the steps counted so far, at the last of them."""
+        if not self._steps:
+            return
+        stamp, step = self._timestamp_ms, self._last_step
+        step_ms = 1000 * self._wall_s / self._steps
+        yield Point(f"worker/{self._worker}/step_ms", step_ms, stamp, step)
+        if self._worker == _CHIEF:
+            for key, (total, count) in self._sums.items():
+                yield Point(key, total / count if count else math.nan, stamp, step)
+            wall_s = max(self._wall_s, 1e-9)
+            examples_per_s = self._global_batch_size * self._steps / wall_s
+            yield Point("perf/examples_per_s", examples_per_s, stamp, step)
+            yield Point("perf/step_ms", step_ms, stamp, step)
+            yield Point("perf/data_wait_fraction", self._data_wait_s / wall_s, stamp, step)
+        self._clear()
+
+
+def _milliseconds(record: Mapping[str, Any]) -> int:
+    return round(record["time"] * 1000)
