@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,8 @@ from orchestrator.errors import ConfigError, RestoreError, StorageError
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.schema import RunConfig
 
+# What decides which examples a step uses, and so what the run computes.
+_SAME_RUN = ("job.class_name", "train.global_batch_size", "train.seed", "data.num_examples")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -136,6 +138,26 @@ def find_run(config: RunConfig, cwd: Path, read: ReadJournal) -> Past | None:
 
 def _finished_runs(pasts: list[Past]) -> str:
     return f" ({len(pasts)} finished)" if pasts else " (there are no runs at all)"
+
+
+def refuse_changes(past: Past, config: RunConfig, params: Mapping[str, str]) -> None:
+    """Refuse to resume with what would make another run of it.
+
+    Raises:
+        RestoreError: a key of `_SAME_RUN` differs and `resume_allow` does not name it.
+    """
+    before = past.facts.get("facts", {}).get("params", {})
+    changed = [
+        f"{key}={params.get(key)} was {before[key]}"
+        for key in _SAME_RUN
+        if key in before and before[key] != params.get(key) and key not in config.resume_allow
+    ]
+    if changed:
+        names = ",".join(line.split("=")[0] for line in changed)
+        raise RestoreError(
+            f"resuming {past.name} with other settings: {'; '.join(changed)}. They decide which "
+            f"examples each step sees; resume with the old ones, or say resume_allow=[{names}]"
+        )
 
 
 class Lease:

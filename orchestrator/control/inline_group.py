@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from orchestrator.control.agent import Agent
 from orchestrator.spec.messages import Message, Request, WorkerOrder
 from orchestrator.spec.plan import RunPlan
 
 Run = Callable[[WorkerOrder, Callable[[Message], None], Callable[[], set[Request]]], int]
-Prove = Callable[[Path], None]
 
 
 class InlineGroup:
     """One worker that runs in `poll`, on the main thread, and is watched by nobody."""
 
-    def __init__(self, run: Run, prove: Prove):
-        """Make a group.
-
-        Args:
-            run: the life of a worker, `orchestrator.train.worker.run`.
-            prove: checks the exported model in the folder it is given, in a clean process.
-        """
+    def __init__(self, run: Run):
+        """Make a group; `run` is the life of a worker, `orchestrator.train.worker.run`."""
         self._run = run
-        self._prove = prove
         self._order: WorkerOrder | None = None
+        self._plan: RunPlan | None = None
         self._requests: set[Request] = set()
-        self._observe: Callable[[Message], None] | None = None
-        self._told: list[Message] = []
-
-    def listen(self, observe: Callable[[Message], None]) -> None:
-        """Hand messages to `observe` while the worker runs, instead of at its end."""
-        self._observe = observe
 
     def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
         """Remember what to run: it runs when it is polled."""
         self._requests = set()
+        self._plan = plan
+        sys.path[:0] = [path for path in plan.config.code_dirs if path not in sys.path]
         self._order = WorkerOrder(
             plan=plan,
             worker=0,
@@ -47,14 +39,14 @@ class InlineGroup:
         )
 
     def poll(self, timeout_s: float) -> list[Message]:
-        """Run the worker to its end and return what it told."""
+        """Run the worker to its end and return what it told; it looks frozen meanwhile."""
         order, self._order = self._order, None
         if order is None:
             time.sleep(timeout_s)
             return []
-        self._told = []
-        self._run(order, self._told.append, self._pending)
-        return self._told
+        told: list[Message] = []
+        self._run(order, told.append, self._pending)
+        return told
 
     def request(self, request: Request) -> None:
         """Note a request; stacks are what a debugger shows."""
@@ -62,7 +54,11 @@ class InlineGroup:
             self._requests.add(request)
 
     def prove_export(self) -> None:
-        """Check the export in a process of its own."""
+        """Check the export in a process of its own, started afresh."""
+        assert self._plan is not None
+        paths = self._plan.paths
+        agent = Agent(0, self._plan.run, zygote=None, use_fork=False, driver_silence_s=math.inf)
+        agent.prove_export(str(paths.export_dir), str(paths.logs_dir / "export-proof.log"))
 
     def kill(self) -> None:
         """Do nothing: what runs here has ended when anybody can ask."""

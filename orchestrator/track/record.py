@@ -10,7 +10,6 @@ from typing import Any
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Journal, read
 from orchestrator.track.mlflow_projection import Projection, Report
-from orchestrator.track.points import WindowChoice
 
 
 class Record:
@@ -25,10 +24,8 @@ class Record:
             StorageError: the journal cannot be written.
         """
         self._journal = Journal(path)
-        self._choice = WindowChoice(facts.log_every_steps)
-        self._projection = Projection(facts, keep=self._journal.append, notice=notice)
+        self._projection = Projection(facts, keep=self._append, notice=notice)
         for record in read(path):
-            self._choice.look_at(record)
             self._projection.put(record)
         self.add(facts.record(time.time()))
 
@@ -38,10 +35,7 @@ class Record:
         Raises:
             StorageError: the journal cannot be written.
         """
-        window = self._choice.look_at(record)
-        if window is not None:
-            self._keep({"kind": "Window", "time": record["time"], "log_every_steps": window})
-        self._keep(dict(record))
+        self._projection.put(self._journal.append(record))
 
     def start_tracking(self) -> None:
         """Let MLflow's thread begin; it takes seconds of CPU that training could use."""
@@ -54,6 +48,5 @@ class Record:
         self._journal.close()
         return report
 
-    def _keep(self, record: dict[str, Any]) -> None:
+    def _append(self, record: dict[str, Any]) -> None:
         self._journal.append(record)
-        self._projection.put(record)
