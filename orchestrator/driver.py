@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.launcher import Zygote, start_zygote
 from orchestrator.control.preflight import run_checks
+from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.supervisor import Interrupted, Supervisor
 from orchestrator.errors import ExitCode, ExportError, OrchestratorError, RestoreError
 from orchestrator.provenance import provenance
@@ -60,6 +61,7 @@ def train(config: RunConfig, overrides: list[str], cwd: Path) -> ExitCode:
     """
     start = time.monotonic()
     notices = _clean_environment(config)
+    apply_ray_settings(config.cluster.name)
     with ExitStack() as stack:
         past = find_run(config, cwd, read) if config.resume is not None else None
         zygote = _start_zygote(config, stack)

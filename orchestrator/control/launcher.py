@@ -121,11 +121,14 @@ class Zygote:
     def __init__(self, socket_path: Path, process: subprocess.Popen[bytes], owner_fd: int):
         self.socket_path = socket_path
         self._process = process
-        self._owner_fd = owner_fd
+        self._owner_fd: int | None = owner_fd
 
     def close(self) -> None:
-        """End the zygote and its children."""
+        """End the zygote and its children; again does nothing."""
+        if self._owner_fd is None:
+            return
         os.close(self._owner_fd)
+        self._owner_fd = None
         try:
             self._process.wait(2.0)
         except subprocess.TimeoutExpired:

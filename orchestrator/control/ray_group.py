@@ -1,4 +1,7 @@
-"""WorkerGroup on Ray: agents are actors, one for each bundle of one placement group."""
+"""WorkerGroup on Ray: agents are actors, one for each bundle of one placement group.
+
+Call `ray_settings.apply_ray_settings` before this module is imported.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,7 @@ class RayGroup:
 
         Args:
             config: how to reach Ray.
-            zygote: of this node, for a local cluster; closed with the group.
+            zygote: of this node, for a local cluster; it outlives the group.
             timed: shows a phase while a block runs.
         """
         self._config = config
@@ -147,7 +150,7 @@ class RayGroup:
                 del self._seats[worker]
 
     def close(self) -> None:
-        """Give everything back: actors, placement group, Ray if it was started here, zygote."""
+        """Give everything back: actors, placement group, Ray if it was started here."""
         try:
             if ray.is_initialized():
                 for seat in self._ordered:
@@ -157,9 +160,6 @@ class RayGroup:
                 ray.shutdown()
         finally:
             self._seats = {}
-            if self._zygote is not None:
-                self._zygote.close()
-                self._zygote = None
 
     @property
     def _is_local(self) -> bool:
@@ -174,9 +174,6 @@ class RayGroup:
             connect(self._config)
             return
         gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # A worker that is killed has nothing to clean up: do not wait 5 s for it.
-        os.environ.setdefault("RAY_kill_worker_timeout_milliseconds", "500")
         ray.init(
             address="local",
             num_cpus=plan.num_workers * plan.cpus_per_worker,

@@ -1,0 +1,38 @@
+"""Ray's settings that live in the environment: Ray reads them when it is imported."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from orchestrator.spec.schema import ClusterName
+
+_TOKEN_FILE = Path(".ray") / "auth_token"
+
+
+def apply_ray_settings(cluster: ClusterName) -> None:
+    """Set what Ray must find in the environment; call before anything imports Ray.
+
+    A local cluster gets a token of its own that is written nowhere. An existing one is joined with
+    the token that is there; without any, Ray says so.
+    """
+    # Under plain `uv run`, Ray would ship the project to every worker and run uv there.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # An actor that is ended has nothing to clean up: Ray need not wait 5 s for it.
+    os.environ.setdefault("RAY_kill_worker_timeout_milliseconds", "500")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray announces a change of default about this variable on the terminal.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    if cluster is ClusterName.local:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    elif _token_is_there():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _token_is_there() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    home = os.environ.get("HOME")
+    return home is not None and (Path(home) / _TOKEN_FILE).is_file()
