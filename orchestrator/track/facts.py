@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.spec.secrets import mask_text
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
@@ -36,8 +38,9 @@ class RunFacts:
     tags: Mapping[str, str]
 
     def record(self, time: float) -> dict[str, Any]:
-        """Return the journal's record of these facts."""
-        return {"kind": "RunStarted", "time": time, "facts": dataclasses.asdict(self)}
+        """Return the journal's record of these facts; credentials in the address stay out."""
+        facts = {**dataclasses.asdict(self), "tracking_uri": mask_text(self.tracking_uri)}
+        return {"kind": "RunStarted", "time": time, "facts": facts}
 
     @staticmethod
     def from_record(record: Mapping[str, Any], root: Path) -> RunFacts:
@@ -45,3 +48,7 @@ class RunFacts:
         known = {item.name for item in dataclasses.fields(RunFacts)}
         values = {key: value for key, value in record["facts"].items() if key in known}
         return RunFacts(**{**values, "root": str(root)})
+
+    def moved(self, tracking_uri: str, artifact_root: str | None) -> RunFacts:
+        """Return the same facts for another MLflow."""
+        return dataclasses.replace(self, tracking_uri=tracking_uri, artifact_root=artifact_root)

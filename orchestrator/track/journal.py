@@ -53,15 +53,19 @@ class Journal:
         except OSError as error:
             raise StorageError(f"cannot write the journal {path}: {error.strerror}") from error
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write one record and wait until it is on the disk.
+
+        Returns:
+            The record as it was written, with series rounded.
 
         Raises:
             StorageError: it could not be written; the journal is as it was before.
         """
         with self._lock:
             number = self._number + 1
-            line = _encode(number, record)
+            kept = _compact(record)
+            line = _encode(number, kept)
             try:
                 # A failed append may have left half a line behind.
                 os.ftruncate(self._file, self._end)
@@ -72,6 +76,7 @@ class Journal:
                     f"cannot write the journal {self._path}: {error.strerror}"
                 ) from error
             self._number, self._end = number, self._end + len(line)
+        return kept
 
     def close(self) -> None:
         """Close the file; every record is on the disk already."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.track.facts import RunFacts
-from orchestrator.track.journal import Journal, read
+from orchestrator.track.journal import Journal
 from orchestrator.track.mlflow_projection import Projection, Report
 
 
@@ -18,15 +18,14 @@ class Record:
     def __init__(self, path: Path, facts: RunFacts, *, notice: Callable[[str], None]):
         """Open the journal and write down the facts.
 
-        The records of earlier drivers go to MLflow again: what it has already, it keeps once.
+        The records of earlier drivers go to MLflow again, from the journal: what it has already,
+        it keeps once.
 
         Raises:
             StorageError: the journal cannot be written.
         """
         self._journal = Journal(path)
         self._projection = Projection(facts, keep=self._append, notice=notice)
-        for record in read(path):
-            self._projection.put(record)
         self.add(facts.record(time.time()))
 
     def add(self, record: Mapping[str, Any]) -> None:

@@ -1,0 +1,266 @@
+"""What is done with MLflow's client: finding the run, and sending each kind of thing to it.
+
+Everything here may be done twice and leaves the same behind. Errors are MLflow's own; whoever
+calls decides whether to try again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.spec.paths import RunPaths
+from orchestrator.track.facts import RunFacts
+from orchestrator.track.points import Point
+
+RUN_TAG = "orchestrator.run"
+EXPORT_TAG = "orchestrator.export"
+BATCH = 1000  # MLflow's own limit on the metrics of one request
+_PARAM_BATCH = 100
+_MAX_VALUE = 6000
+_MAX_TAG = 5000
+_MAX_KEY = 250
+_DIGEST_LENGTH = 32  # MLflow's column has room for 36
+# Uploads are answered when the server has stored them, which may take longer than other requests.
+_UPLOAD_TIMEOUT_S = 60
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+def open_client(uri: str, timeout_s: float) -> Any:
+    """Return a client that fails soon instead of retrying for minutes.
+
+    Variables such as MLFLOW_TRACKING_URI do not change where it writes.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    import mlflow
+
+    # SQLite's migrations and the client's hints would land on the user's terminal.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Registering a model asks the global address, not the client's: without this it would make a
+    # database in the working folder (mlflow 3.17, store/artifact/models_artifact_repo.py).
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    with _first_use(uri):
+        client = mlflow.MlflowClient(uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+@contextmanager
+def _first_use(uri: str) -> Iterator[None]:
+    """Let one process at a time make the tables of a SQLite file: two at once crash."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class Store:
+    """One run in MLflow.
+
+    Attributes:
+        experiment_id: of the experiment that holds the run.
+        run_id: MLflow's id of the run.
+    """
+
+    def __init__(self, facts: RunFacts, known_run_id: str | None, start_time_ms: int | None):
+        """Find or make experiment and run, with all params and tags.
+
+        Args:
+            facts: of the run.
+            known_run_id: its id as far as known; the tag finds it otherwise.
+            start_time_ms: when it began, should it have to be made.
+        """
+        self._facts = facts
+        self._client = open_client(facts.tracking_uri, facts.timeout_s)
+        self.experiment_id = self._find_experiment()
+        run = self._find_run(known_run_id)
+        if run is None:
+            tags = {RUN_TAG: facts.run}
+            run = self._client.create_run(
+                self.experiment_id, start_time_ms, tags=tags, run_name=facts.run
+            )
+        self.run_id = str(run.info.run_id)
+        self._describe(run.data.params)
+
+    def _find_experiment(self) -> str:
+        """Return the id of the experiment; one that was deleted is restored."""
+        from mlflow.exceptions import MlflowException
+
+        name, root = self._facts.experiment, self._facts.artifact_root
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            location = None if root is None else (Path(root) / name).absolute().as_uri()
+            try:
+                return str(self._client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                found = self._client.get_experiment_by_name(name)
+                if found is None:  # not another process that was faster
+                    raise error
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _find_run(self, known_run_id: str | None) -> Any:
+        """Return the run, restored if it was deleted, or None."""
+        from mlflow.entities import ViewType
+
+        found = self._client.search_runs(
+            [self.experiment_id],
+            filter_string=f"tags.`{RUN_TAG}` = '{self._facts.run}'",
+            run_view_type=ViewType.ALL,
+        )
+        # Two can only be there if somebody made one by hand: the journal knows which is ours.
+        found.sort(key=lambda run: (run.info.run_id != known_run_id, run.info.start_time))
+        if not found:
+            return None
+        if found[0].info.lifecycle_stage == "deleted":
+            self._client.restore_run(found[0].info.run_id)
+        return found[0]
+
+    def _describe(self, known_params: Mapping[str, str]) -> None:
+        """Log tags, and the params that are not there yet: a param cannot change."""
+        from mlflow.entities import Param, RunTag
+
+        wanted = {_legal(key): value for key, value in self._facts.params.items()}
+        params = [
+            Param(key, _shortened(value, _MAX_VALUE))
+            for key, value in wanted.items()
+            if key not in known_params
+        ]
+        for start in range(0, len(params), _PARAM_BATCH):
+            self._client.log_batch(self.run_id, params=params[start : start + _PARAM_BATCH])
+        tags = [
+            RunTag(_legal(key), _shortened(value, _MAX_TAG))
+            for key, value in self._facts.tags.items()
+        ]
+        self._client.log_batch(self.run_id, tags=tags[:_PARAM_BATCH])
+
+    def send(self, points: Sequence[Point]) -> list[str]:
+        """Send at most 1,000 points; return the keys of those that MLflow refuses for good."""
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        metrics = [Metric(_legal(p.key), p.value, p.timestamp_ms, p.step) for p in points]
+        try:
+            self._client.log_batch(self.run_id, metrics=metrics)
+            return []
+        except MlflowException as error:
+            # The same answer comes when the run was deleted meanwhile: that is no bad point.
+            if error.error_code not in _REFUSALS or not self._is_active():
+                raise
+            if len(points) == 1:
+                return [points[0].key]
+        middle = len(points) // 2
+        return self.send(points[:middle]) + self.send(points[middle:])
+
+    def _is_active(self) -> bool:
+        return bool(self._client.get_run(self.run_id).info.lifecycle_stage == "active")
+
+    def log_data(self, record: Mapping[str, Any]) -> None:
+        """Log a DataUsed record as an input of the run; MLflow knows it by name and digest."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        columns = [{"name": name, "type": kind} for name, kind in record["features"].items()]
+        dataset = Dataset(
+            name=f"{record['name']} {record['split']}"[:_MAX_KEY],
+            digest=record["digest"][:_DIGEST_LENGTH],
+            source_type="local",
+            source=json.dumps({"uri": record["source"]}),
+            schema=json.dumps({"mlflow_colspec": columns}),
+            profile=json.dumps({"num_rows": record["num_examples"]}),
+        )
+        tags = [InputTag("mlflow.data.context", record["split"])]
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def set_running(self) -> None:
+        """Say that the run goes on."""
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def end(self, status: str, time_ms: int | None) -> None:
+        """Say how the run ended."""
+        resumable = str(status == "KILLED").lower()
+        self._client.set_tag(self.run_id, "orchestrator.resumable", resumable)
+        self._client.set_terminated(self.run_id, status, time_ms)
+
+    def log_files(self, paths: RunPaths) -> None:
+        """Upload configuration, plan, overrides and logs."""
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(_UPLOAD_TIMEOUT_S)
+        for path in (paths.config, paths.overrides, paths.plan):
+            if path.exists():
+                self._client.log_artifact(self.run_id, str(path))
+        if paths.logs_dir.exists():
+            self._client.log_artifacts(self.run_id, str(paths.logs_dir), "logs")
+
+    def log_model(self, paths: RunPaths) -> str:
+        """Log and register the packaged model, once for each packaging; return its address."""
+        from mlflow.entities import LoggedModelOutput
+
+        client, facts = self._client, self._facts
+        # MLmodel holds a unique id: the same file means the same packaging.
+        export = hashlib.sha256((paths.mlflow_model_dir / "MLmodel").read_bytes()).hexdigest()
+        model = self._logged_model(export)
+        if model is None:
+            model = client.create_logged_model(
+                self.experiment_id,
+                name=_model_name(facts.job),
+                source_run_id=self.run_id,
+                tags={RUN_TAG: facts.run, EXPORT_TAG: export},
+                model_type="savedmodel",
+            )
+            client.log_model_artifacts(model.model_id, str(paths.mlflow_model_dir))
+            client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
+        if facts.register is not None:
+            self._register(facts.register, model)
+        return str(model.model_uri)
+
+    def _logged_model(self, export: str) -> Any:
+        """Return the model of a packaging if it was logged whole; remove halves of it."""
+        whole = None
+        filters = f"source_run_id = '{self.run_id}' AND tags.`{EXPORT_TAG}` = '{export}'"
+        for model in self._client.search_logged_models([self.experiment_id], filters):
+            if str(model.status).upper().endswith("READY"):
+                whole = model
+            else:
+                self._client.delete_logged_model(model.model_id)
+        return whole
+
+    def _register(self, name: str, model: Any) -> None:
+        client, uri = self._client, f"models:/{model.model_id}"
+        if not client.search_registered_models(filter_string=f"name = '{name}'"):
+            client.create_registered_model(name)
+        versions = client.search_model_versions(f"name = '{name}'")
+        if not any(uri in (version.source, f"models:/{version.model_id}") for version in versions):
+            client.create_model_version(
+                name, source=uri, run_id=self.run_id, model_id=model.model_id
+            )
+
+
+def _legal(key: str) -> str:
+    """Return a key that MLflow takes: letters, digits and `_ - . space : /`, no odd paths."""
+    parts = re.sub(r"[^\w\-. :/]", "_", key).split("/")
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:_MAX_KEY]
+
+
+def _model_name(job: str) -> str:
+    return re.sub(r"[/:.%\"']", "_", job)
+
+
+def _shortened(value: str, size: int) -> str:
+    return value if len(value) <= size else f"{value[: size - 3]}..."

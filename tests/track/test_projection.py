@@ -1,0 +1,247 @@
+"""The projection against a real SQLite store: what the journal says, once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from orchestrator.errors import StorageError
+from orchestrator.track.facts import RunFacts
+from orchestrator.track.journal import Journal, read
+from orchestrator.track.mlflow_projection import Projection, Report, check, sync
+from tests.track import rig
+
+RUN_TAG = "orchestrator.run"
+
+
+def project(facts: RunFacts, status: str = "FINISHED") -> tuple[Report, list[str]]:
+    """Project what the journal has, as a driver does."""
+    journal = Journal(Path(facts.root) / "journal.jsonl")
+    notices: list[str] = []
+
+    def keep(record: dict[str, Any]) -> None:
+        journal.append(record)
+
+    projection = Projection(facts, keep=keep, notice=notices.append)
+    projection.start()
+    report = projection.finish(status, 60)
+    journal.close()
+    return report, notices
+
+
+def the_run(uri: str, experiment: str = "tiny") -> Any:
+    client = mlflow.MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    (run,) = client.search_runs([found.experiment_id])
+    return run
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return rig.new_run(tmp_path)
+
+
+@pytest.fixture
+def facts(root: Path, tmp_path: Path) -> RunFacts:
+    return rig.make_facts(root, rig.sqlite_uri(tmp_path))
+
+
+def whole_run(facts: RunFacts, status: str = "FINISHED") -> list[dict[str, Any]]:
+    return [
+        facts.record(rig.START),
+        rig.data_used(),
+        rig.block(0, 3),
+        rig.block(3, 5),
+        rig.ended(status),
+    ]
+
+
+def test_a_run_holds_everything_the_journal_says(root: Path, facts: RunFacts) -> None:
+    rig.write(root, *whole_run(facts))
+    report, notices = project(facts)
+    assert (notices, report.missing, report.url) == ([], "", None)
+    run = the_run(facts.tracking_uri)
+    assert run.info.run_id == report.run_id
+    assert (run.info.run_name, run.info.status) == (facts.run, "FINISHED")
+    assert (run.info.start_time, run.info.end_time) == (rig.START * 1000, (rig.START + 100) * 1000)
+    assert run.data.params == facts.params
+    assert run.data.tags.items() >= {RUN_TAG: facts.run, **facts.tags}.items()
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("mnist train", "0123456789abcdef" * 2)
+    client = mlflow.MlflowClient(facts.tracking_uri)
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "config.yaml",
+        "plan.txt",
+        "overrides.txt",
+        "logs",
+    }
+
+
+def test_points_carry_the_time_of_their_block(root: Path, facts: RunFacts, tmp_path: Path) -> None:
+    rig.write(root, *whole_run(facts))
+    project(facts)
+    first, second = round((rig.START + 3.001) * 1000), round((rig.START + 8.001) * 1000)
+    assert rig.losses(tmp_path / "mlflow.db") == [
+        (2, 1.5, first),
+        (4, 3.5, second),
+        (6, 5.5, second),
+        (8, 7.5, second),
+    ]
+
+
+def test_sync_three_times_leaves_the_same_rows(root: Path, facts: RunFacts, tmp_path: Path) -> None:
+    rig.write(root, *whole_run(facts))
+    project(facts)
+    before = rig.rows(tmp_path / "mlflow.db")
+    assert before["runs"] == 1
+    for tail in (b"", b"", b'{"n":99,"cr'):
+        with (root / "journal.jsonl").open("ab") as file:
+            file.write(tail)
+        assert sync(root).missing == ""
+        assert rig.rows(tmp_path / "mlflow.db") == before
+    assert the_run(facts.tracking_uri).info.status == "FINISHED"
+
+
+def test_sync_writes_a_run_into_another_mlflow(root: Path, facts: RunFacts, tmp_path: Path) -> None:
+    rig.write(root, *whole_run(facts, "FAILED"))
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    report = sync(root, uri=other, artifact_root=str(tmp_path / "other"))
+    assert report.missing == ""
+    assert the_run(other).info.status == "FAILED"
+    assert len(rig.losses(tmp_path / "other.db")) == 4
+
+
+def test_a_resumed_run_stays_one_run_without_doubled_points(
+    root: Path, facts: RunFacts, tmp_path: Path
+) -> None:
+    rig.write(root, facts.record(rig.START), rig.block(0, 5), rig.ended("KILLED"))
+    first, _ = project(facts, "KILLED")
+    assert the_run(facts.tracking_uri).data.tags["orchestrator.resumable"] == "true"
+    resumed = rig.make_facts(root, facts.tracking_uri, params={**facts.params, "train.steps": "9"})
+    rig.write(root, resumed.record(rig.START + 50), rig.block(4, 4, attempt=2), rig.ended())
+    second, notices = project(resumed)
+    assert (second.run_id, second.missing, notices) == (first.run_id, "", [])
+    run = the_run(facts.tracking_uri)
+    assert run.data.params["train.steps"] == "8"  # a param cannot change
+    assert run.data.tags["orchestrator.resumable"] == "false"
+    # Steps 5 and 6..8: the first attempt closed its window at step 5.
+    steps = [(step, value) for step, value, _ in rig.losses(tmp_path / "mlflow.db")]
+    assert steps == [(2, 1.5), (4, 3.5), (5, 5.0), (6, 6.0), (8, 7.5)]
+
+
+def test_the_window_and_the_run_id_are_journaled_once(root: Path, facts: RunFacts) -> None:
+    auto = rig.make_facts(root, facts.tracking_uri, log_every_steps="auto")
+    rig.write(root, auto.record(rig.START), rig.block(0, 3), rig.block(3, 20), rig.ended())
+    report, _ = project(auto)
+    project(rig.make_facts(root, facts.tracking_uri, log_every_steps="7"))
+    noted = [r for r in read(root / "journal.jsonl") if r["kind"] in ("MlflowRun", "Window")]
+    # 100 steps/s at 5 points a second.
+    assert noted == [
+        {
+            "kind": "MlflowRun",
+            "run_id": report.run_id,
+            "experiment_id": mlflow.MlflowClient(facts.tracking_uri)
+            .get_experiment_by_name("tiny")
+            .experiment_id,
+        },
+        {"kind": "Window", "log_every_steps": 20},
+    ]
+
+
+def test_variables_of_the_environment_do_not_hijack(
+    root: Path, facts: RunFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'hijack.db'}")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path / 'hijack.db'}")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "hijack")
+    monkeypatch.chdir(tmp_path)
+    rig.write(root, *whole_run(facts))
+    report, _ = project(facts)
+    assert report.missing == ""
+    assert the_run(facts.tracking_uri).info.status == "FINISHED"
+    assert not (tmp_path / "hijack.db").exists()
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_deleted_experiment_and_a_deleted_run_are_restored(
+    root: Path, facts: RunFacts, tmp_path: Path
+) -> None:
+    rig.write(root, *whole_run(facts))
+    report, _ = project(facts)
+    client = mlflow.MlflowClient(facts.tracking_uri)
+    client.delete_run(report.run_id)
+    client.delete_experiment(client.get_experiment_by_name("tiny").experiment_id)
+    assert sync(root).missing == ""
+    assert the_run(facts.tracking_uri).info.lifecycle_stage == "active"
+
+
+def test_names_and_values_that_mlflow_refuses_are_made_legal(
+    root: Path, facts: RunFacts, tmp_path: Path
+) -> None:
+    odd = rig.make_facts(root, facts.tracking_uri, params={"a=b": "x" * 7000, "ok": "1"})
+    values = {"loss": float("nan"), "top 5%": 0.5, "//": float("inf")}
+    evaluated = {"kind": "Evaluated", "step": 3, "time": rig.START, "metrics": values}
+    rig.write(root, odd.record(rig.START), evaluated, rig.ended())
+    report, notices = project(odd)
+    assert (report.missing, notices) == ("", [])
+    run = the_run(facts.tracking_uri)
+    assert {key: len(value) for key, value in run.data.params.items()} == {"a_b": 6000, "ok": 1}
+    assert set(run.data.metrics) == {"eval/loss", "eval/top 5_", "eval/_/_/_"}
+
+
+def test_eight_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
+    roots = [rig.new_run(tmp_path, f"run-{number}") for number in range(8)]
+    for root in roots:
+        facts = rig.make_facts(root, rig.sqlite_uri(tmp_path))
+        rig.write(root, facts.record(rig.START), rig.block(0, 4), rig.ended())
+    code = (
+        "import sys, os; from pathlib import Path\n"
+        "from orchestrator.track.mlflow_projection import sync\n"
+        "import mlflow; sys.stdin.read(1)\n"
+        "if os.fork() == 0:\n    pass\n"
+        "report = sync(Path(sys.argv[1]))\n"
+        "assert not report.missing, report.missing"
+    ).replace("if os.fork() == 0:\n    pass\n", "")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE)
+        for root in roots
+    ]
+    for process in processes:  # all at once, when every one has imported MLflow
+        assert process.stdin is not None
+        process.stdin.write(b".")
+        process.stdin.flush()
+    assert [process.wait(120) for process in processes] == [0] * 8
+    assert rig.rows(tmp_path / "mlflow.db")["runs"] == 8
+
+
+def test_a_database_that_cannot_be_used_is_reported_and_stops_nothing(
+    root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.db").write_text("this is no database, " * 100)
+    facts = rig.make_facts(root, f"sqlite:///{tmp_path / 'broken.db'}")
+    rig.write(root, *whole_run(facts))
+    report, notices = project(facts)
+    assert report.run_id is None
+    assert "not a database" in report.missing
+    assert len(notices) == 1 and "journal keeps everything" in notices[0]
+    with pytest.raises(StorageError, match=r"tracking\.required=false"):
+        check(facts)
+
+
+def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no run on record"):
+        sync(tmp_path)
+
+
+def test_credentials_stay_out_of_the_journal(root: Path) -> None:
+    facts = rig.make_facts(root, "http://ann:hunter2@127.0.0.1:9")
+    rig.write(root, facts.record(rig.START))
+    assert "hunter2" not in (root / "journal.jsonl").read_text()
+    with pytest.raises(StorageError, match="no credentials"):
+        sync(root)
