@@ -1,6 +1,6 @@
 """A distributed training orchestrator for TensorFlow: one engine per folder.
 
-    spec/      WHAT to run: config, plan, paths, messages          standard library (Hydra in config.py)
+    spec/      WHAT to run: config, plan, paths, messages     standard library (Hydra: config.py)
     control/   WHERE it runs and what happens when it breaks       Ray, only in ray_*.py
     train/     THE STEP: model, data, gradients, checkpoints       TensorFlow and Keras
     track/     THE RECORD: journal, MLflow as its projection       MLflow, only in mlflow_*.py

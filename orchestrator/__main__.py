@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -189,10 +190,8 @@ def _help() -> str:
 def _fail(text: str, code: ExitCode) -> int:
     """Tell an error in the user's words, then what the exit code means."""
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    try:
+    with contextlib.suppress(OSError):  # nobody reads any more
         print(f"{red}{text}{plain}\nexit code {code:d}: {_MEANING[code]}", file=sys.stderr)
-    except OSError:
-        pass  # nobody reads any more
     return int(code)
 
 

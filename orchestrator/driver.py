@@ -29,7 +29,6 @@ from orchestrator.spec.messages import (
     Evaluated,
     Message,
     Outcome,
-    Saved,
     to_record,
 )
 from orchestrator.spec.plan import RunPlan, make_plan

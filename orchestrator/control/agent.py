@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import selectors
@@ -229,10 +230,8 @@ class _Process:
         if request is Request.STACKS:
             self._child.signal(signal.SIGUSR1)
             return
-        try:
+        with contextlib.suppress(OSError):  # it has ended, and its death is on the way
             os.write(self._control_fd, REQUEST_BYTES[request])
-        except OSError:
-            pass  # it has ended, and its death is on the way
 
     def kill(self) -> None:
         self._killed = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -97,22 +99,14 @@ class Child:
 
     def signal(self, number: int) -> None:
         """Send a signal; a process that is gone is left alone."""
-        try:
-            os.kill(self.pid, number) if self.pidfd < 0 else _pidfd_signal(self.pidfd, number)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
         """Close what was held for the process. The zygote kills a child that still lives."""
         os.close(self.pidfd)
         if self._connection is not None:
             self._connection.close()
-
-
-def _pidfd_signal(pidfd: int, number: int) -> None:
-    import signal
-
-    signal.pidfd_send_signal(pidfd, number)
 
 
 class Zygote:

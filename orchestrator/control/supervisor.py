@@ -256,10 +256,7 @@ class Supervisor:
         if isinstance(decision, GiveUp):
             raise decision.error(_story(failure, decision.reason))
         step = failure.checkpoint_step or 0
-        self._notice(
-            f"{_who(failure)}: {failure.error}; decision: retry {decision.number} of "
-            f"{decision.limit} from step {step:,}"
-        )
+        self._notice(f"retry {decision.number} of {decision.limit} from step {step:,}")
 
     def _failure(self, attempt: _Attempt) -> Failure:
         first = min(attempt.failures, key=lambda item: (_rank(item), item.time))
@@ -324,8 +321,8 @@ def _who(failure: Failure) -> str:
 
 def _story(failure: Failure, reason: str) -> str:
     """Tell a failure: the user's own line first, then the error, then where to look."""
-    if failure.cause is Cause.cluster or (failure.cause is Cause.start and not failure.host):
-        return failure.error
+    if failure.phase is Phase.starting and failure.cause in (Cause.cluster, Cause.start):
+        return failure.error  # no worker was started: there is no log to look at
     lines = [_who(failure)]
     if failure.user_frame:
         lines.append(f"  {failure.user_frame}")

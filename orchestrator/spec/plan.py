@@ -160,7 +160,7 @@ def _devices(config: RunConfig, host: Host) -> tuple[int, str]:
 
 
 def _cpus_per_worker(config: RunConfig, host: Host) -> int:
-    """CPU cores of each worker: what is asked, else an equal share of the host for local workers."""
+    """CPU cores of each worker: what is asked, else an equal share of this host."""
     if config.cluster.cpus_per_worker is not None:
         return config.cluster.cpus_per_worker
     if config.cluster.name is ClusterName.existing:

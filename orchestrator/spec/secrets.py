@@ -36,6 +36,6 @@ def mask_overrides(overrides: list[str]) -> list[str]:
     """Return overrides as typed, with the values of secret keys masked."""
     shown = []
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, _ = override.partition("=")
         shown.append(f"{key}={MASK}" if equals and is_secret_key(key) else mask_text(override))
     return shown

@@ -166,7 +166,10 @@ def _lengths(config: RunConfig) -> Iterator[str]:
         if sorted(set(schedule.boundaries)) != schedule.boundaries:
             yield f"schedule.boundaries={schedule.boundaries}: must increase"
     elif schedule.factors or schedule.boundaries:
-        yield f"schedule.boundaries and schedule.factors with schedule={schedule.name.value}: only piecewise has them"
+        yield (
+            f"schedule.boundaries and schedule.factors with schedule={schedule.name.value}: only "
+            "piecewise has them"
+        )
     log = config.tracking.log_every_steps
     if log != "auto" and not (log.isdigit() and int(log) >= 1):
         yield f"tracking.log_every_steps={log}: must be auto or a whole number from 1"

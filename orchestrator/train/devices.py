@@ -133,15 +133,16 @@ def _shorten_heartbeat(num_workers: int) -> None:
     TensorFlow 2.21 has no public setting for it (`MultiWorkerMirroredStrategy` configures the
     service itself unless it is configured already); without this, silence is noticed later.
     """
-    from tensorflow.core.protobuf import coordination_config_pb2
-    from tensorflow.python.eager import context
+    try:
+        from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
+        from tensorflow.python.eager import context
 
-    configure = getattr(context.context(), "configure_coordination_service", None)
-    if configure is not None:
         jobs = [coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=num_workers)]
-        configure(
+        context.context().configure_coordination_service(
             service_type="standalone",
             service_leader="/job:worker/replica:0/task:0",
             heartbeat_timeout_in_ms=_HEARTBEAT_TIMEOUT_MS,
             coordinated_jobs=jobs,
         )
+    except (ImportError, AttributeError, TypeError) as error:
+        print(f"the heartbeat of TensorFlow keeps its default: {error}", flush=True)

@@ -13,6 +13,7 @@ its child with it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -189,10 +190,8 @@ class _Zygote:
 
 
 def _answer(connection: socket.socket, answer: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(OSError):  # nobody waits for it any more
         connection.sendall(json.dumps(answer).encode() + b"\n")
-    except OSError:
-        pass  # nobody waits for it any more
 
 
 def run_child(header: dict[str, Any], payload: bytes, fds: list[int]) -> NoReturn:

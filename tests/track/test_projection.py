@@ -41,16 +41,6 @@ def the_run(uri: str, experiment: str = "tiny") -> Any:
     return run
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return rig.new_run(tmp_path)
-
-
-@pytest.fixture
-def facts(root: Path, tmp_path: Path) -> RunFacts:
-    return rig.make_facts(root, rig.sqlite_uri(tmp_path))
-
-
 def whole_run(facts: RunFacts, status: str = "FINISHED") -> list[dict[str, Any]]:
     return [
         facts.record(rig.START),
@@ -200,23 +190,23 @@ def test_eight_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None
     for root in roots:
         facts = rig.make_facts(root, rig.sqlite_uri(tmp_path))
         rig.write(root, facts.record(rig.START), rig.block(0, 4), rig.ended())
-    code = (
-        "import sys, os; from pathlib import Path\n"
-        "from orchestrator.track.mlflow_projection import sync\n"
-        "import mlflow; sys.stdin.read(1)\n"
-        "if os.fork() == 0:\n    pass\n"
-        "report = sync(Path(sys.argv[1]))\n"
-        "assert not report.missing, report.missing"
-    ).replace("if os.fork() == 0:\n    pass\n", "")
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE)
-        for root in roots
-    ]
-    for process in processes:  # all at once, when every one has imported MLflow
-        assert process.stdin is not None
-        process.stdin.write(b".")
-        process.stdin.flush()
-    assert [process.wait(120) for process in processes] == [0] * 8
+    code = """
+import os, sys
+from pathlib import Path
+import mlflow
+from orchestrator.track.mlflow_projection import sync
+
+def in_fork(root):
+    if child := os.fork():
+        return child
+    report = sync(Path(root))
+    print(report.missing, file=sys.stderr, flush=True)
+    os._exit(report.missing != "")
+
+children = [in_fork(root) for root in sys.argv[1:]]
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+    subprocess.run([sys.executable, "-c", code, *map(str, roots)], check=True, timeout=120)
     assert rig.rows(tmp_path / "mlflow.db")["runs"] == 8
 
 
