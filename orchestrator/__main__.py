@@ -139,10 +139,16 @@ def _config(overrides: list[str], config_dir: Path | None) -> int:
 def _submit(overrides: list[str], config_dir: Path | None) -> int:
     from orchestrator.spec.config import load_config
 
-    config = load_config(overrides, config_dir)
+    for override in overrides:
+        if override.startswith("cluster=") and override != "cluster=existing":
+            raise ConfigError(f"{override}: submit runs on an existing cluster; leave it out")
+    config = load_config(["cluster=existing", *overrides], config_dir)
+    from orchestrator.control.ray_settings import apply_ray_settings
+
+    apply_ray_settings(config.cluster.name)
     from orchestrator.control.ray_submit import submit
 
-    return submit(config, overrides, config_dir, Path.cwd())
+    return submit(config, overrides, config_dir)
 
 
 def _runs(overrides: list[str], config_dir: Path | None) -> int:

@@ -27,6 +27,12 @@ _LOG_TAIL_BYTES = 8192
 _WATCH_INTERVAL_S = 0.5
 _PROOF = Path(__file__).resolve().parents[1] / "track" / "mlflow_model.py"
 _PROOF_TIMEOUT_S = 240.0
+_PROOF_ENV = {
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Progress bars and hints would only fill the log.
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 
 class Agent:
@@ -159,7 +165,13 @@ class Agent:
         project = str(Path(__file__).resolve().parents[2])
         # The current folder counts: it is often the project's.
         paths = tuple(path for path in own if path not in ("", project, os.getcwd()))
-        launch = Launch(log=Path(log), sys_path=paths, script=_PROOF, argv=(export_dir,))
+        launch = Launch(
+            log=Path(log),
+            sys_path=paths,
+            env=_PROOF_ENV,
+            script=_PROOF,
+            argv=(export_dir,),
+        )
         self.warm_up()
         child = self._launch(launch, ())
         try:

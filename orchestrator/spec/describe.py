@@ -77,7 +77,8 @@ def _count(number: int, noun: str) -> str:
 def _workers(plan: RunPlan) -> str:
     devices = _count(plan.devices_per_worker, plan.device_kind)
     return (
-        f"{_count(plan.num_workers, 'worker')} x {devices} = {_count(plan.num_replicas, 'replica')}, {plan.config.strategy.name.value}, "
+        f"{_count(plan.num_workers, 'worker')} x {devices} = "
+        f"{_count(plan.num_replicas, 'replica')}, {plan.config.strategy.name.value}, "
         f"{_count(plan.cpus_per_worker, 'CPU thread')} each"
     )
 

@@ -36,7 +36,16 @@ class _Served(tf.Module):
         # Only the variables are tracked: Keras layers would bring functions of their own along.
         self.state = [variable.value for variable in model.variables]
         # An attribute, because a method of the class could not have this job's signature.
-        self.__call__ = tf.function(lambda inputs: job.serve(model, inputs), input_signature=[spec])
+        self.__call__ = tf.function(
+            lambda inputs: _plain_float(job.serve(model, inputs)), input_signature=[spec]
+        )
+
+
+def _plain_float(answers: tf.Tensor) -> tf.Tensor:
+    """Return half-precision answers as float32: JSON, NumPy and MLflow know no bfloat16."""
+    if tf.is_tensor(answers) and answers.dtype in (tf.bfloat16, tf.float16):
+        return tf.cast(answers, tf.float32)
+    return answers
 
 
 def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) -> Signature:
@@ -55,7 +64,7 @@ def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) 
         ExportError: `serve` does not take one tensor and give one tensor with a free batch.
     """
     feature, inputs = _golden_inputs(job, source)
-    answers = job.serve(model, tf.constant(inputs))
+    answers = _plain_float(job.serve(model, tf.constant(inputs)))
     if not tf.is_tensor(answers) or answers.shape.rank == 0 or answers.shape[0] != len(inputs):
         found = getattr(answers, "shape", type(answers).__name__)
         raise ExportError(

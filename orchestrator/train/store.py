@@ -68,8 +68,8 @@ def commit(staged: Path, target: Path, manifest: Mapping[str, Any]) -> int:
     Raises:
         StorageError: a file cannot be flushed or the folder not renamed; nothing has appeared.
     """
+    files: dict[str, dict[str, Any]] = {}
     try:
-        files = {}
         for path in sorted(staged.iterdir()):
             _flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
