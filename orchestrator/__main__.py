@@ -109,12 +109,9 @@ def _split_options(rest: list[str]) -> tuple[list[str], Path | None]:
 
 
 def _train(overrides: list[str], config_dir: Path | None) -> int:
-    from orchestrator.spec.config import load_config
-
-    config = load_config(overrides, config_dir)
     from orchestrator.driver import train
 
-    return int(train(config, overrides, Path.cwd()))
+    return int(train(overrides, config_dir, Path.cwd()))
 
 
 def _plan(overrides: list[str], config_dir: Path | None) -> int:
@@ -160,8 +157,10 @@ def _runs(overrides: list[str], config_dir: Path | None) -> int:
 
 
 def _ui(overrides: list[str], config_dir: Path | None) -> int:
-    """Take `runs_dir=`, `tracking.uri=` and `port=`; no job is needed."""
-    known = {"runs_dir": "runs", "tracking.uri": "", "port": "", "experiment": ""}
+    """Take `runs_dir=`, `tracking.uri=`, `experiment=` and `port=`; no job is needed."""
+    from orchestrator.spec.config import DEFAULT_RUNS_DIR
+
+    known = {"runs_dir": DEFAULT_RUNS_DIR, "tracking.uri": "", "port": "", "experiment": ""}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import time
 from contextlib import ExitStack
@@ -18,9 +19,17 @@ from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.supervisor import Interrupted, Supervisor
 from orchestrator.errors import ExitCode, ExportError, OrchestratorError, RestoreError
 from orchestrator.provenance import provenance
-from orchestrator.runs import Lease, Past, create_run, find_run, refuse_changes
+from orchestrator.runs import (
+    Lease,
+    Past,
+    compare,
+    create_run,
+    find_run,
+    merge_overrides,
+    read_overrides,
+)
 from orchestrator.screen import Screen, Summary
-from orchestrator.spec.config import PROJECT_DIR, flatten, to_yaml
+from orchestrator.spec.config import DEFAULT_RUNS_DIR, PROJECT_DIR, flatten, load_config, to_yaml
 from orchestrator.spec.describe import describe, experiment_name, headline
 from orchestrator.spec.environment import inspect_environment
 from orchestrator.spec.host import local_host
@@ -42,14 +51,18 @@ from orchestrator.track.record import Record
 from orchestrator.train import store
 
 _FINISH_DEADLINE_S = 60.0
+# MLflow's own default is the interface's port.
+_SERVE_PORT = 8080
 
 
-def train(config: RunConfig, overrides: list[str], cwd: Path) -> ExitCode:
+def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
     """Train what a configuration describes.
 
+    A run that is resumed keeps the overrides it was started with; those given now come on top.
+
     Args:
-        config: validated.
-        overrides: as typed, for the record.
+        overrides: as typed.
+        config_dir: the user's own configuration and modules.
         cwd: what relative paths are relative to.
 
     Returns:
@@ -59,17 +72,21 @@ def train(config: RunConfig, overrides: list[str], cwd: Path) -> ExitCode:
         OrchestratorError: something the user can mend stopped the run; it is on record.
     """
     start = time.monotonic()
+    config = load_config(overrides, config_dir)
+    past = find_run(config, cwd, read) if config.resume is not None else None
+    if past is not None:
+        overrides = merge_overrides(read_overrides(past.paths), overrides)
+        config = load_config(overrides, config_dir)
     notices = _clean_environment(config)
     apply_ray_settings(config.cluster.name)
     with ExitStack() as stack:
-        past = find_run(config, cwd, read) if config.resume is not None else None
         zygote = _start_zygote(config, stack)
         host = _join_cluster(config) if config.cluster.name is ClusterName.existing else None
         paths = past.paths if past is not None else create_run(config, cwd)
         stack.callback(Lease(paths).release)
         plan = make_plan(config, run=paths.root.name, host=host or local_host(), cwd=cwd)
         if past is not None:
-            refuse_changes(past, config, flatten(config))
+            notices += compare(past, plan, flatten(config))
         screen = stack.enter_context(
             Screen(
                 headline(plan),
@@ -237,8 +254,6 @@ class _Run:
             self._record.start_tracking()
 
     def _began(self, attempt: int, restore_from: str | None) -> None:
-        # Ray replaces signal handlers when it starts.
-        self._install_signals()
         self._record.add(
             {
                 "kind": "AttemptStarted",
@@ -322,7 +337,7 @@ class _Run:
                 wall_s=time.monotonic() - self._start,
                 examples_per_s=speed,
                 model=report.model_uri or (str(plan.paths.export_dir) if exported else None),
-                commands=_commands(plan, finished, exported),
+                commands=_commands(plan, report.url, finished, exported),
             )
         )
 
@@ -351,15 +366,26 @@ def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
     )
 
 
-def _commands(plan: RunPlan, finished: bool, exported: bool) -> list[tuple[str, str]]:
+def _commands(
+    plan: RunPlan, url: str | None, finished: bool, exported: bool
+) -> list[tuple[str, str]]:
     """Return what can be done next: a word and a command to copy."""
-    job = plan.config.job.name
-    commands = [("review", "make ui")]
+    job, runs_dir = plan.config.job.name, plan.config.runs_dir
+    folder = "" if runs_dir == DEFAULT_RUNS_DIR else f"runs_dir={runs_dir} "
+    commands = [("review", url or _make("ui", folder))]
     if exported:
-        folder = plan.paths.mlflow_model_dir
-        commands.append(("serve", f".venv/bin/mlflow models serve --env-manager local -m {folder}"))
-    if not finished:
-        commands.append(("resume", f'make train conf={job} args="resume={plan.run}"'))
-    else:
-        commands.append(("again", f"make train conf={job}"))
+        model = shlex.quote(str(plan.paths.mlflow_model_dir))
+        # MLflow starts uvicorn from the PATH.
+        serve = f"mlflow models serve --env-manager local -p {_SERVE_PORT} -m {model}"
+        commands.append(("serve", f'PATH="$PWD/.venv/bin:$PATH" {serve}'))
+    resume = f"{folder}resume={plan.run}"
+    if finished and plan.config.train.steps is not None:
+        resume += f" train.steps={2 * plan.config.train.steps}"
+    elif finished and plan.config.train.epochs is not None:
+        resume += f" train.epochs={2 * plan.config.train.epochs:g}"
+    commands.append(("train on" if finished else "resume", _make(f"train conf={job}", resume)))
     return commands
+
+
+def _make(target: str, args: str) -> str:
+    return f'make {target} args="{args.strip()}"' if args else f"make {target}"

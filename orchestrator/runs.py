@@ -16,10 +16,14 @@ from typing import Any
 
 from orchestrator.errors import ConfigError, RestoreError, StorageError
 from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import RunConfig
+from orchestrator.spec.secrets import MASK
 
 # What decides which examples a step uses, and so what the run computes.
 _SAME_RUN = ("job.class_name", "train.global_batch_size", "train.seed", "data.num_examples")
+# What says how one start of a run is made, not what the run is.
+_ONE_START = ("resume", "resume_allow", "run_name")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -140,24 +144,58 @@ def _finished_runs(pasts: list[Past]) -> str:
     return f" ({len(pasts)} finished)" if pasts else " (there are no runs at all)"
 
 
-def refuse_changes(past: Past, config: RunConfig, params: Mapping[str, str]) -> None:
-    """Refuse to resume with what would make another run of it.
+def read_overrides(paths: RunPaths) -> list[str]:
+    """Return the overrides a run was started with, without those that are about one start."""
+    try:
+        lines = paths.overrides.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if _key(line) not in _ONE_START and not line.endswith(MASK)]
+
+
+def merge_overrides(before: list[str], given: list[str]) -> list[str]:
+    """Return both, where what is given now replaces the same key of before."""
+    keys = {_key(override) for override in given}
+    return [*(override for override in before if _key(override) not in keys), *given]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def compare(past: Past, plan: RunPlan, params: Mapping[str, str]) -> list[str]:
+    """Compare a run with the configuration that shall continue it.
+
+    Returns:
+        What else has changed, for the user to read.
 
     Raises:
-        RestoreError: a key of `_SAME_RUN` differs and `resume_allow` does not name it.
+        RestoreError: a key that decides what the run computes differs and `resume_allow` does not
+            name it, or the run is beyond the last step already.
     """
-    before = past.facts.get("facts", {}).get("params", {})
-    changed = [
-        f"{key}={params.get(key)} was {before[key]}"
-        for key in _SAME_RUN
-        if key in before and before[key] != params.get(key) and key not in config.resume_allow
-    ]
-    if changed:
-        names = ",".join(line.split("=")[0] for line in changed)
+    if plan.total_steps < past.last_step:
         raise RestoreError(
-            f"resuming {past.name} with other settings: {'; '.join(changed)}. They decide which "
+            f"resuming {past.name}: it has made {past.last_step:,} steps, the plan ends at "
+            f"{plan.total_steps:,}; raise train.steps or train.epochs"
+        )
+    before = past.facts.get("facts", {}).get("params", {})
+    changed = {
+        key: f"{key}={value} was {before[key]}"
+        for key, value in params.items()
+        if key in before and before[key] != value and key not in _ONE_START
+    }
+    refused = [
+        line
+        for key, line in changed.items()
+        if key in _SAME_RUN and key not in plan.config.resume_allow
+    ]
+    if refused:
+        names = ",".join(line.split("=")[0] for line in refused)
+        raise RestoreError(
+            f"resuming {past.name} with other settings: {'; '.join(refused)}. They decide which "
             f"examples each step sees; resume with the old ones, or say resume_allow=[{names}]"
         )
+    return [f"since the run was started: {line}" for line in changed.values()]
 
 
 class Lease:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,7 +129,7 @@ class Zygote:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self.socket_path.parent.rmdir()
+        shutil.rmtree(self.socket_path.parent, ignore_errors=True)  # a killed one leaves its socket
 
 
 def start_zygote(idle_s: float = 3600.0) -> Zygote:

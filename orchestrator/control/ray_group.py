@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import re
+import signal
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -174,15 +177,16 @@ class RayGroup:
             connect(self._config)
             return
         gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
-        ray.init(
-            address="local",
-            num_cpus=plan.num_workers * plan.cpus_per_worker,
-            num_gpus=gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _node_ip_address=_LOOPBACK,
-        )
+        with _signal_handlers_kept():
+            ray.init(
+                address="local",
+                num_cpus=plan.num_workers * plan.cpus_per_worker,
+                num_gpus=gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                _node_ip_address=_LOOPBACK,
+            )
 
     def _place(self, plan: RunPlan) -> None:
         if self._placement is not None:
@@ -329,29 +333,61 @@ def connect(config: ClusterConfig) -> Host:
 
 def _join(address: str, upload: str | None = None) -> None:
     environment = {"working_dir": upload, "excludes": _NOT_UPLOADED} if upload else None
-    try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            configure_logging=False,
-            runtime_env=environment,
+    with tempfile.TemporaryFile() as chatter:
+        try:
+            with _signal_handlers_kept(), _standard_error_in(chatter):
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    runtime_env=environment,
+                )
+        except Exception as error:
+            chatter.seek(0)
+            raise _why_not_joined(address, error, chatter.read().decode()) from error
+
+
+def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterError:
+    """Tell apart what Ray calls a failed connection; its core says more on standard error."""
+    text = f"{error}\n{chatter}"
+    if "ersion mismatch" in text:
+        return ClusterError(
+            f"the Ray cluster at {address} runs other versions: {_first_line(error)}; this is Ray "
+            f"{ray.__version__} on Python {sys.version.split()[0]}"
         )
-    except Exception as error:
-        text = str(error)
-        if "ersion mismatch" in text:
-            raise ClusterError(
-                f"the Ray cluster at {address} runs other versions: {_first_line(error)}; this "
-                f"is Ray {ray.__version__} on Python {sys.version.split()[0]}"
-            ) from error
-        if "token" in text.lower() or "authenticat" in text.lower():
-            raise ClusterError(
-                f"the Ray cluster at {address} refuses the token: {_first_line(error)}; set "
-                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
-            ) from error
-        raise ClusterError(
-            f"no Ray cluster at cluster.address={address}: {_first_line(error)}; start one with "
-            "`ray start --head`, name another address, or use cluster=local"
-        ) from error
+    if re.search("token|unauthenticated", text, re.IGNORECASE):
+        return ClusterError(
+            f"the Ray cluster at {address} does not take the token, or there is none; set "
+            "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+        )
+    return ClusterError(
+        f"no Ray cluster at cluster.address={address}: {_first_line(error)}; start one with "
+        "`ray start --head`, name another address, or use cluster=local"
+    )
+
+
+@contextmanager
+def _standard_error_in(file: IO[bytes]) -> Iterator[None]:
+    """Send to a file what C++ writes to standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Put signal handlers back: Ray's core takes SIGTERM, in C++, and dies of it (Ray 2.60)."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def _dial(address: str) -> None:

@@ -6,6 +6,7 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
 import shutil
 import sys
@@ -27,12 +28,17 @@ _USERS_DIR = "config_dir"
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 120.0
 _SETTLE_S = 10.0
-# The first of these that has Ray runs the driver: the submitter's own path, where all machines
-# have one image, else what is on the head node's PATH.
-_ENTRYPOINT = """for p in {own} python3 python; do
-"$p" -c 'import ray' 2>/dev/null && exec "$p" -m orchestrator train {arguments}; done
+_SCRIPT = "run.sh"
+# The first Python that has Ray runs the driver: the submitter's own path, where all machines have
+# one image, else what is on the head node's PATH.
+_FIND_PYTHON = """own=$1
+shift
+for python in "$own" python3 python; do
+    "$python" -c 'import ray' 2>/dev/null && exec "$python" -m orchestrator "$@"
+done
 echo 'no Python with Ray on the PATH of the head node: start Ray there from its environment' >&2
-exit 6"""
+exit 6
+"""
 
 
 def submit(config: RunConfig, overrides: list[str], config_dir: Path | None) -> int:
@@ -51,6 +57,7 @@ def submit(config: RunConfig, overrides: list[str], config_dir: Path | None) -> 
         ClusterError: no job server answers, or the job could not be started.
     """
     _refuse(config)
+    logging.getLogger("ray").setLevel(logging.WARNING)
     address = config.cluster.address
     assert address is not None
     client = _connect(address)
@@ -59,9 +66,7 @@ def submit(config: RunConfig, overrides: list[str], config_dir: Path | None) -> 
         _stage(Path(folder), config_dir)
         try:
             job: str = client.submit_job(
-                entrypoint=_ENTRYPOINT.format(
-                    own=shlex.quote(sys.executable), arguments=shlex.join(arguments)
-                ),
+                entrypoint=shlex.join(["sh", _SCRIPT, sys.executable, "train", *arguments]),
                 runtime_env={
                     "working_dir": folder,
                     # `ray job stop` gives the driver so long to save; 3 s by default.
@@ -130,6 +135,7 @@ def _arguments(config: RunConfig, overrides: list[str], config_dir: Path | None)
 def _stage(folder: Path, config_dir: Path | None) -> None:
     """Copy what the cluster needs; Ray would upload the environment and the runs too."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    (folder / _SCRIPT).write_text(_FIND_PYTHON)
     for name in _CODE:
         shutil.copytree(PROJECT_DIR / name, folder / name, ignore=ignore)
     if config_dir is not None:

@@ -17,6 +17,7 @@ from orchestrator.spec.validate import validate
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = PROJECT_DIR / "conf"
+DEFAULT_RUNS_DIR = "runs"  # as conf/config.yaml says
 _GROUPS = ("job", "strategy", "cluster", "optimizer", "schedule")
 _FREE_SECTIONS = ("job.args.",)
 # Set by load_config, not by people.

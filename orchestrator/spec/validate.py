@@ -195,6 +195,8 @@ def _names(config: RunConfig) -> Iterator[str]:
     for key, name in (("run_name", config.run_name), ("job.name", config.job.name)):
         if name is not None and not (_RUN_NAME.fullmatch(name) and ".." not in name):
             yield f"{key}={name!r}: only letters, digits, `_`, `-` and `.`; it names a folder"
+    if config.run_name is not None and config.resume is not None:
+        yield f"run_name={config.run_name} with resume={config.resume}: a run keeps its name"
     uri = config.tracking.uri
     if uri is not None and not uri.startswith(("sqlite:///", "http://", "https://")):
         yield (

@@ -42,6 +42,8 @@ def open_client(uri: str, timeout_s: float) -> Any:
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    # Only the screen draws.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     import mlflow
 
     # SQLite's migrations and the client's hints would land on the user's terminal.
@@ -178,7 +180,7 @@ class Store:
 
         columns = [{"name": name, "type": kind} for name, kind in record["features"].items()]
         dataset = Dataset(
-            name=f"{record['name']} {record['split']}"[:_MAX_KEY],
+            name=record["name"][:_MAX_KEY],
             digest=record["digest"][:_DIGEST_LENGTH],
             source_type="local",
             source=json.dumps({"uri": record["source"]}),
