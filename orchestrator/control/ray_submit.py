@@ -57,7 +57,7 @@ def submit(config: RunConfig, overrides: list[str], config_dir: Path | None) -> 
         ClusterError: no job server answers, or the job could not be started.
     """
     _refuse(config)
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.disable(logging.INFO)  # what the client of the job API tells about itself
     address = config.cluster.address
     assert address is not None
     client = _connect(address)

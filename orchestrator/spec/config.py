@@ -23,6 +23,7 @@ _FREE_SECTIONS = ("job.args.",)
 # Set by load_config, not by people.
 _INTERNAL_KEYS = {"code_dirs"}
 _MAX_LINES = 4
+_PLAIN_NAME = re.compile(r"[\w.\-]+")
 
 
 def load_config(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
@@ -38,7 +39,7 @@ def load_config(overrides: list[str], config_dir: Path | None = None) -> RunConf
     folders = [CONF_DIR, *([config_dir.resolve()] if config_dir is not None else [])]
     for folder in folders:
         _check_folder(folder)
-    overrides = [_free_key(_short_job(override)) for override in overrides]
+    overrides = [_free_key(_plain_choice(override)) for override in overrides]
     if not any(override.startswith("job=") for override in overrides):
         names = ", ".join(list_group("job", folders))
         raise ConfigError(f"no job was named; add job=NAME (make: conf=NAME). Jobs: {names}")
@@ -91,12 +92,15 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", item
 
 
-def _short_job(override: str) -> str:
-    """Accept `job=conf/job/mnist.yaml` for `job=mnist`."""
-    key, equals, value = override.partition("=")
-    if key != "job" or not equals:
+def _plain_choice(override: str) -> str:
+    """Accept `job=conf/job/mnist.yaml` for `job=mnist`, and names that Hydra reads as values."""
+    group, equals, name = override.partition("=")
+    if group not in _GROUPS or not equals:
         return override
-    return f"job={value.rsplit('/', 1)[-1].removesuffix('.yaml').removesuffix('.yml')}"
+    if group == "job":
+        name = name.rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml")
+    # Unquoted, nan and null and 1 are no text.
+    return f"{group}='{name}'" if _PLAIN_NAME.fullmatch(name) else f"{group}={name}"
 
 
 def _free_key(override: str) -> str:
@@ -140,7 +144,7 @@ def _compose(overrides: list[str], folders: list[Path]) -> Any:
             OmegaConf.resolve(config)
     except yaml.YAMLError as error:
         raise ConfigError(f"a file of the configuration is not YAML: {_few_lines(error)}") from None
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, overrides, folders)) from None
     return config
 

@@ -132,7 +132,19 @@ def _one_line(error: BaseException) -> str:
         return text
     if text.startswith("in user code:"):
         text = text.rstrip().rsplit("\n\n", 1)[-1]
+    if text.startswith("Graph execution error:"):
+        text = _kernel_message(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     name = type(error).__name__
     first = lines[0] if lines else ""
     return first if first.startswith(f"{name}:") else f"{name}: {first}"
+
+
+def _kernel_message(text: str) -> str:
+    """Return what an op said: in TensorFlow's text it follows the op's traceback."""
+    said = [
+        line
+        for line in text.splitlines()[1:]
+        if line and not line[0].isspace() and not line.startswith(("Detected at", "Stack trace"))
+    ]
+    return said[-1] if said else text

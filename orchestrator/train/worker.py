@@ -85,7 +85,7 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
     reporter.enter(Phase.building)
     keras.utils.set_random_seed(plan.config.train.seed % 2**32)
     with strategy.scope():
-        model = checked_model(job)
+        model = checked_model(job, train_source)
         optimizers = Optimizers(plan, job.parameter_groups(model))
     variables = named_variables(model, optimizers)
     start_step = 0
@@ -204,7 +204,7 @@ def load_source(job: Job, plan: RunPlan, split: Split) -> Source:
     return source
 
 
-def checked_model(job: Job) -> keras.Model:
+def checked_model(job: Job, source: Source) -> keras.Model:
     """Build the model and make sure that it can be trained.
 
     Raises:
@@ -220,11 +220,17 @@ def checked_model(job: Job) -> keras.Model:
     if not model.built or not model.variables:
         raise JobError(
             f"{name}.model() returned a model that is not built: it has no variables yet. Call it "
-            "on an example batch before returning it, such as model(keras.ops.zeros((1, 28, 28)))"
+            f"on an example batch before returning it, such as {_example_call(source)}"
         )
     if not model.trainable_variables:
         raise JobError(f"{name}.model() returned a model without trainable variables")
     return model
+
+
+def _example_call(source: Source) -> str:
+    feature = source.features.get("x") or next(iter(source.features.values()))
+    shape = ", ".join(map(str, (1, *feature.shape)))
+    return f"model(keras.ops.zeros(({shape}), '{feature.dtype}'))"
 
 
 def _export(
