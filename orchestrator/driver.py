@@ -372,13 +372,14 @@ def _commands(
     """Return what can be done next: a word and a command to copy."""
     job, runs_dir = plan.config.job.name, plan.config.runs_dir
     folder = "" if runs_dir == DEFAULT_RUNS_DIR else f"runs_dir={runs_dir} "
+    own = "".join(f"--config-dir={path} " for path in plan.config.code_dirs[1:])
     commands = [("review", url or _make("ui", folder))]
     if exported:
         model = shlex.quote(str(plan.paths.mlflow_model_dir))
         # MLflow starts uvicorn from the PATH.
         serve = f"mlflow models serve --env-manager local -p {_SERVE_PORT} -m {model}"
         commands.append(("serve", f'PATH="$PWD/.venv/bin:$PATH" {serve}'))
-    resume = f"{folder}resume={plan.run}"
+    resume = f"{own}{folder}resume={plan.run}"
     if finished and plan.config.train.steps is not None:
         resume += f" train.steps={2 * plan.config.train.steps}"
     elif finished and plan.config.train.epochs is not None:

@@ -1,0 +1,131 @@
+"""What the tests of this folder share: finished runs, a Ray cluster, an MLflow server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.rig import Ended, train, wait_for
+
+
+@pytest.fixture(scope="session")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """A finished run on one device; nobody changes its folder."""
+    return train(cwd=tmp_path_factory.mktemp("one-device"))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray that was started by `ray start`, as a user would."""
+
+    address: str
+    dashboard: str
+    env: dict[str, str]
+
+
+def free_port() -> int:
+    """Return a port that nobody has right now."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of one node with four CPUs, with a token."""
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    env = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    port, dashboard = free_port(), free_port()
+    ray = Path(sys.executable).with_name("ray")
+    # --block: ending this process ends the cluster; `ray stop` would end every Ray here.
+    head = subprocess.Popen(
+        [
+            *(
+                str(ray),
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=4",
+                "--node-ip-address=127.0.0.1",
+            ),
+            *(f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
+        ],
+        env={**os.environ, **env},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for number in (port, dashboard):
+            wait_for(lambda n=number: is_open(n), f"Ray on port {number}")
+        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env)
+    finally:
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+def is_open(port: int) -> bool:
+    """Tell whether something listens on a loopback port."""
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}"),
+            *(f"--backend-store-uri=sqlite:///{folder}/mlflow.db", "--workers=1"),
+            f"--artifacts-destination={folder}/artifacts",
+        ],
+        cwd=folder,
+        env={
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(f"{address}/health"), "MLflow's server")
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(address: str) -> bool:
+    """Tell whether a page is there."""
+    try:
+        urllib.request.urlopen(address, timeout=2).close()
+        return True
+    except OSError:
+        return False

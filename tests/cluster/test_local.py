@@ -1,0 +1,205 @@
+"""Runs on a Ray of their own: strategies, what they leave behind, and how they are ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator.train.store import list_checkpoints, newest_valid
+from tests.cluster import rig
+from tests.cluster.conftest import free_port
+from tests.cluster.rig import Ended, train
+
+SLOW = ("job.args.delay_ms=20", "train.max_block_steps=4", "train.steps=160")
+
+
+def test_a_run_leaves_everything_that_is_promised(one_device: Ended) -> None:
+    assert one_device.code == 0, one_device.out
+    run = one_device.run
+    for path in (run.config, run.plan, run.overrides, run.journal, run.proof, run.saved_model_dir):
+        assert path.exists(), path
+    assert run.worker_log(1, 0).stat().st_size > 0
+    assert [path.name for path in list_checkpoints(run.checkpoints_dir)] == ["step-00000120"]
+    assert rig.records(run, "RunEnded")[0]["status"] == "FINISHED"
+    assert len(rig.losses(run)) == 120
+    assert [record["step"] for record in rig.records(run, "Evaluated")] == [60, 120]
+
+
+def test_what_is_printed_is_plain_and_fits_80_columns_but_for_paths(one_device: Ended) -> None:
+    assert "\x1b" not in one_device.out
+    assert "finished: 120 steps" in one_device.out
+    for chatter in ("WARNING", "oneDNN", "ray::", "absl", "Traceback"):
+        assert chatter not in one_device.out
+    # A path and a command to copy stay in one piece.
+    whole = ("/", "make train")
+    long = [line for line in one_device.out.splitlines() if len(line) > 80]
+    assert [line for line in long if not any(part in line for part in whole)] == []
+
+
+def test_the_worker_says_in_its_log_what_it_was_given(one_device: Ended) -> None:
+    log = one_device.run.worker_log(1, 0).read_text()
+    assert "worker 0 of 1: CPU:0, " in log
+    assert "CUDA_VISIBLE_DEVICES=''" in log
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("strategy=mirrored", "strategy.devices_per_worker=2"),
+        ("strategy=multi_worker", "strategy.num_workers=2"),
+        ("cluster=inline",),
+        ("cluster.fork=false",),
+    ],
+    ids=["mirrored", "multi_worker", "inline", "fresh-process"],
+)
+def test_a_word_changes_where_it_runs_and_not_what_it_computes(
+    one_device: Ended, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    # Dropout draws one mask a replica, so it is equal for equal numbers of replicas only.
+    replicas = 1 if "strategy" not in overrides[0] else 2
+    ended = train(*overrides, cwd=tmp_path)
+    assert ended.code == 0, ended.out
+    assert rig.ledger(ended.run) == rig.ledger(one_device.run)
+    tolerance = 1e-6 if replicas == 1 else 0.2
+    np.testing.assert_allclose(
+        rig.losses(ended.run)[-20:].mean(), rig.losses(one_device.run)[-20:].mean(), rtol=tolerance
+    )
+    assert rig.database(tmp_path)[0]["status"] == "FINISHED"
+
+
+def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: Path) -> None:
+    process = rig.start("train", *rig.JOB, *SLOW, "run_name=stopped", cwd=tmp_path)
+    run = rig.wait_for_step(tmp_path, 20)
+    rig.interrupt(process)
+    ended = rig.finish(process, tmp_path)
+    assert ended.code == 130, ended.out
+    assert "resume=stopped" in ended.out
+    stopped_at = rig.last_step(run)
+    assert stopped_at < 160
+    assert [path.name for path in list_checkpoints(run.checkpoints_dir)] == [
+        f"step-{stopped_at:08}"
+    ]
+    assert [row["status"] for row in rig.database(tmp_path)] == ["KILLED"]
+
+    # The run keeps its own overrides: 160 steps, in blocks of 4.
+    resumed = train("resume=latest", cwd=tmp_path)
+    assert resumed.code == 0, resumed.out
+    assert [row["status"] for row in rig.database(tmp_path)] == ["FINISHED"]
+    whole = train(*SLOW, "job.args.delay_ms=0", cwd=tmp_path)
+    np.testing.assert_allclose(rig.losses(run), rig.losses(whole.run), rtol=1e-6)
+    assert sum(rig.ledger(run, attempt) for attempt in (1, 2)) % 2**64 == rig.ledger(whole.run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_save_too(tmp_path: Path, number: signal.Signals) -> None:
+    process = rig.start("train", *rig.JOB, *SLOW, cwd=tmp_path)
+    run = rig.wait_for_step(tmp_path, 8)
+    rig.interrupt(process, number)
+    ended = rig.finish(process, tmp_path)
+    assert ended.code == (143 if number is signal.SIGTERM else 130), ended.out
+    assert newest_valid(run.checkpoints_dir).path is not None
+    assert rig.database(tmp_path)[0]["status"] == "KILLED"
+
+
+def test_a_second_ctrl_c_ends_it_now_and_leaves_no_process(tmp_path: Path) -> None:
+    # A step of three seconds: the first Ctrl-C waits for its block.
+    slow = ("job.args.delay_ms=3000", "train.max_block_steps=1", "train.steps=100")
+    process = rig.start("train", *rig.JOB, *slow, cwd=tmp_path)
+    run = rig.wait_for_step(tmp_path, 1)
+    pids = rig.worker_pids(run)
+    rig.interrupt(process)
+    rig.interrupt(process)
+    ended = rig.finish(process, tmp_path)
+    assert ended.code == 130, ended.out
+    assert not any(rig.is_alive(pid) for pid in pids.values())
+    assert rig.database(tmp_path)[0]["status"] == "KILLED"
+
+
+def test_a_killed_worker_costs_a_restart_and_changes_nothing(tmp_path: Path) -> None:
+    two = ("strategy=multi_worker", "strategy.num_workers=2", "checkpoint.every_steps=20")
+    process = rig.start("train", *rig.JOB, *SLOW, *two, cwd=tmp_path)
+    run = rig.wait_for_step(tmp_path, 50)
+    os.kill(rig.worker_pids(run)[1], signal.SIGKILL)
+    ended = rig.finish(process, tmp_path)
+    assert ended.code == 0, ended.out
+    assert "SIGKILL" in ended.out and "retry 1 of" in ended.out
+    assert [record["attempt"] for record in rig.records(run, "AttemptStarted")] == [1, 2]
+    assert rig.records(run, "AttemptStarted")[1]["restore_from"] is not None
+    undisturbed = train(*SLOW, *two, "job.args.delay_ms=0", cwd=tmp_path)
+    np.testing.assert_allclose(rig.losses(run), rig.losses(undisturbed.run), rtol=1e-5)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
+    process = rig.start("train", *rig.JOB, "export.enabled=false", cwd=tmp_path)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert rig.records(rig.runs_in(tmp_path)[-1], "RunEnded")[0]["status"] == "FINISHED"
+
+
+def test_two_runs_started_at_once_have_a_folder_and_a_record_each(tmp_path: Path) -> None:
+    processes = [
+        rig.start("train", *rig.JOB, "export.enabled=false", cwd=tmp_path) for _ in range(2)
+    ]
+    ended = [rig.finish(process, tmp_path) for process in processes]
+    assert [item.code for item in ended] == [0, 0], ended[0].out + ended[1].out
+    assert len(rig.runs_in(tmp_path)) == 2
+    assert [row["status"] for row in rig.database(tmp_path)] == ["FINISHED", "FINISHED"]
+
+
+def test_the_users_own_line_comes_first_and_once(tmp_path: Path) -> None:
+    two = ("strategy=multi_worker", "strategy.num_workers=2")
+    ended = train("job.args.fail=trace", *two, cwd=tmp_path)
+    assert ended.code == 3, ended.out
+    assert ended.out.count("the user's own words") == 2  # the source line, and the error
+    assert ended.out.index("blobs.py:") < ended.out.index("ValueError: the user's own words")
+    assert "worker-" in ended.out and "Traceback" not in ended.out
+    assert rig.database(tmp_path)[0]["status"] == "FAILED"
+
+
+def test_an_unrelated_ray_in_the_environment_is_not_joined(tmp_path: Path) -> None:
+    env = {"RAY_ADDRESS": "192.0.2.1:6379", "MLFLOW_TRACKING_URI": "http://192.0.2.1:5000"}
+    ended = train("export.enabled=false", cwd=tmp_path, env=env)
+    assert ended.code == 0, ended.out
+    assert "RAY_ADDRESS=192.0.2.1:6379 is set and not honoured" in ended.out
+    assert len(rig.database(tmp_path)) == 1
+
+
+def test_inline_output_has_no_chatter_either(tmp_path: Path) -> None:
+    ended = train("cluster=inline", "export.enabled=false", cwd=tmp_path)
+    assert ended.code == 0, ended.out
+    for chatter in ("WARNING", "oneDNN", "rebuild TensorFlow"):
+        assert chatter not in ended.out
+
+
+def test_two_workers_with_different_clocks_and_signals_act_alike(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("agreeing.py")
+    ports = [str(free_port()) for _ in range(2)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path), str(worker), *ports],
+            env={**os.environ, "PYTHONPATH": str(rig.ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for worker in range(2)
+    ]
+    told = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], told
+    blocks = [[line for line in lines if line.startswith("block")] for lines in told]
+    # Only worker 1 was asked to save after its third block and to stop after its sixth.
+    assert blocks[0] == blocks[1]
+    assert len(blocks[0]) == 6
+    assert [line for line in told[0] if line.startswith("saved")] == [
+        f"saved {blocks[0][2].split()[-1]}",
+        f"saved {blocks[0][5].split()[-1]}",
+    ]
+    assert told[0][-1] == told[1][-1] == f"ended stopped {blocks[0][5].split()[-1]}"
