@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.control.group import WorkerGroup
-from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.control.launcher import TENSORFLOW_ENV, Zygote, standard_error_in, start_zygote
 from orchestrator.control.preflight import run_checks
 from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.supervisor import Interrupted, Supervisor
@@ -146,8 +146,17 @@ def _join_cluster(config: RunConfig) -> Any:
 
 def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> WorkerGroup:
     if config.cluster.name is ClusterName.inline:
+        # This process becomes the worker's; TensorFlow reads these when it is imported.
+        os.environ.update(TENSORFLOW_ENV)
         from orchestrator.control.inline_group import InlineGroup
-        from orchestrator.train.worker import run
+
+        # What TensorFlow says while it is imported heeds no log level.
+        with (
+            screen.timed("importing TensorFlow"),
+            open(os.devnull, "wb") as nowhere,
+            standard_error_in(nowhere),
+        ):
+            from orchestrator.train.worker import run
 
         return InlineGroup(run)
     from orchestrator.control.ray_group import RayGroup

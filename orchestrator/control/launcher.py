@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from orchestrator.errors import StartFailed
 from orchestrator.spec.channel import pack_request
@@ -25,7 +25,7 @@ from orchestrator.spec.channel import pack_request
 _ZYGOTE = "orchestrator.train.zygote"
 _PROJECT_DIR = str(Path(__file__).resolve().parents[2])
 _DIAL_TIMEOUT_S = 10.0
-_CHILD_ENV = {
+TENSORFLOW_ENV = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "1",
     "KERAS_BACKEND": "tensorflow",
@@ -215,13 +215,26 @@ def spawn(launch: Launch, fds: tuple[int, ...] = ()) -> Child:
     return Child(process.pid, process=process)
 
 
+@contextlib.contextmanager
+def standard_error_in(file: IO[bytes]) -> Iterator[None]:
+    """Send to a file what C++ writes to standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _zygote_command(socket_path: Path, idle_s: float) -> list[str]:
     return [sys.executable, "-m", _ZYGOTE, "--socket", str(socket_path), "--idle-s", str(idle_s)]
 
 
 def _zygote_env() -> dict[str, str]:
     paths = [_PROJECT_DIR, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, **_CHILD_ENV, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, **TENSORFLOW_ENV, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _answers(socket_path: Path) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -26,7 +26,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.control.agent import Agent
-from orchestrator.control.launcher import Zygote
+from orchestrator.control.launcher import Zygote, standard_error_in
 from orchestrator.errors import ClusterError, OrchestratorError, StartFailed
 from orchestrator.spec.messages import Death, Message, Request, WorkerOrder
 from orchestrator.spec.plan import Host, RunPlan
@@ -335,7 +335,7 @@ def _join(address: str, upload: str | None = None) -> None:
     environment = {"working_dir": upload, "excludes": _NOT_UPLOADED} if upload else None
     with tempfile.TemporaryFile() as chatter:
         try:
-            with _signal_handlers_kept(), _standard_error_in(chatter):
+            with _signal_handlers_kept(), standard_error_in(chatter):
                 ray.init(
                     address=address,
                     log_to_driver=False,
@@ -364,19 +364,6 @@ def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterErro
         f"no Ray cluster at cluster.address={address}: {_first_line(error)}; start one with "
         "`ray start --head`, name another address, or use cluster=local"
     )
-
-
-@contextmanager
-def _standard_error_in(file: IO[bytes]) -> Iterator[None]:
-    """Send to a file what C++ writes to standard error."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 @contextmanager

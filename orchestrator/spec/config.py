@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.errors import ConfigError
 from orchestrator.spec.schema import RunConfig
-from orchestrator.spec.secrets import masked
+from orchestrator.spec.secrets import is_secret_key, masked
 from orchestrator.spec.validate import validate
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
@@ -54,7 +54,9 @@ def load_config(overrides: list[str], config_dir: Path | None = None) -> RunConf
 def list_group(group: str, folders: list[Path] | None = None) -> list[str]:
     """Return the names that a group offers."""
     found = {
-        path.stem for folder in folders or [CONF_DIR] for path in (folder / group).glob("*.yaml")
+        path.stem
+        for folder in folders or [CONF_DIR]
+        for path in (folder / group).glob("[!_]*.yaml")
     }
     return sorted(found)
 
@@ -141,12 +143,24 @@ def _compose(overrides: list[str], folders: list[Path]) -> Any:
             missing = sorted(OmegaConf.missing_keys(config) - _INTERNAL_KEYS)
             if missing:
                 raise ConfigError(f"no value for {', '.join(missing)}; set {missing[0]}=...")
+            _refuse_secrets(OmegaConf.to_container(config, resolve=False))
             OmegaConf.resolve(config)
     except yaml.YAMLError as error:
         raise ConfigError(f"a file of the configuration is not YAML: {_few_lines(error)}") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, overrides, folders)) from None
     return config
+
+
+def _refuse_secrets(values: Any) -> None:
+    """Refuse secrets that are written out: files and command lines are read by others."""
+    errors = [
+        f"{key}: a secret may not be written out; set it to ${{oc.env:NAME}} and export NAME"
+        for key, value in _leaves(values)
+        if is_secret_key(key) and isinstance(value, str) and value and "${" not in value
+    ]
+    if errors:
+        raise ConfigError("\n".join(errors))
 
 
 def _to_dataclass(composed: Any) -> RunConfig:

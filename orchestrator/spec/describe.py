@@ -6,7 +6,7 @@ from collections import Counter
 
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName, OptimizerConfig, ScheduleName, StrategyName
-from orchestrator.spec.secrets import mask_text
+from orchestrator.spec.secrets import mask_text, masked
 
 _LABEL_WIDTH = 13
 _WIDTH = 80
@@ -67,7 +67,8 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def _arguments(plan: RunPlan) -> str:
-    return "".join(f", {name}={value}" for name, value in plan.config.job.args.items())
+    arguments = masked(plan.config.job.args)
+    return "".join(f", {name}={value}" for name, value in arguments.items())
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-_KEY = re.compile(r"(password|passwd|secret|token|api_?key|access_?key|credential)", re.IGNORECASE)
+# The last word of a key tells: `api_token` is a secret, `tokenizer` and `token_count` are not.
+_KEY = re.compile(
+    r"(^|[_.\-])(password|passwd|pwd|secret|token|(api|access|private|secret)_?key|credentials?)$",
+    re.IGNORECASE,
+)
 _CREDENTIALS = re.compile(r"(?P<scheme>\w+://)[^/@\s]+@")
 
 

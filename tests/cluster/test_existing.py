@@ -83,7 +83,7 @@ def test_a_submitted_job_streams_its_output_and_ends_well(
 def test_a_submitted_job_that_fails_gives_its_own_exit_code(
     ray_cluster: Cluster, mlflow_server: str, tmp_path: Path
 ) -> None:
-    arguments = submit(ray_cluster, mlflow_server, tmp_path, "job.args.fail=nan")
+    arguments = submit(ray_cluster, mlflow_server, tmp_path, "job.args.fail=infinite")
     process = rig.start("submit", *arguments, cwd=tmp_path, env=ray_cluster.env)
     ended = rig.finish(process, tmp_path)
     assert ended.code == 3, ended.out

@@ -129,7 +129,8 @@ def test_a_killed_worker_costs_a_restart_and_changes_nothing(tmp_path: Path) -> 
     ended = rig.finish(process, tmp_path)
     assert ended.code == 0, ended.out
     assert "SIGKILL" in ended.out and "retry 1 of" in ended.out
-    assert [record["attempt"] for record in rig.records(run, "AttemptStarted")] == [1, 2]
+    attempts = [record["attempt"] for record in rig.records(run, "AttemptStarted")]
+    assert attempts == [1, 2], ended.out
     assert rig.records(run, "AttemptStarted")[1]["restore_from"] is not None
     undisturbed = train(*SLOW, *two, "job.args.delay_ms=0", cwd=tmp_path)
     np.testing.assert_allclose(rig.losses(run), rig.losses(undisturbed.run), rtol=1e-5)
@@ -158,8 +159,10 @@ def test_the_users_own_line_comes_first_and_once(tmp_path: Path) -> None:
     two = ("strategy=multi_worker", "strategy.num_workers=2")
     ended = train("job.args.fail=trace", *two, cwd=tmp_path)
     assert ended.code == 3, ended.out
-    assert ended.out.count("the user's own words") == 2  # the source line, and the error
-    assert ended.out.index("blobs.py:") < ended.out.index("ValueError: the user's own words")
+    # One line when it happens, then the story: the user's line before the error.
+    assert ended.out.count("ValueError: the user's own words") == 2
+    assert ended.out.count("blobs.py:") == 1
+    assert ended.out.index("blobs.py:") < ended.out.rindex("ValueError: the user's own words")
     assert "worker-" in ended.out and "Traceback" not in ended.out
     assert rig.database(tmp_path)[0]["status"] == "FAILED"
 

@@ -1,0 +1,215 @@
+"""What a finished run leaves in MLflow, read and served by MLflow's own means."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from orchestrator.track.mlflow_projection import sync
+from tests.cluster import rig
+from tests.cluster.conftest import answers, free_port
+from tests.cluster.rig import Ended
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def client(one_device: Ended) -> Iterator[Any]:
+    before = mlflow.get_tracking_uri()
+    uri = f"sqlite:///{one_device.folder}/runs/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    yield mlflow.MlflowClient(uri)
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def run(client: Any) -> Any:
+    """The one MLflow run of the training."""
+    experiment = client.get_experiment_by_name("blobs")
+    (found,) = client.search_runs([experiment.experiment_id])
+    return found
+
+
+@pytest.fixture(scope="module")
+def golden(one_device: Ended) -> dict[str, np.ndarray]:
+    """Raw inputs and the live model's answers."""
+    with np.load(one_device.run.golden) as arrays:
+        return dict(arrays)
+
+
+def test_one_training_is_one_finished_run_with_params_and_tags(run: Any, one_device: Ended) -> None:
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == one_device.run.root.name
+    assert run.data.params["train.global_batch_size"] == "32"
+    assert run.data.params["strategy.name"] == "one_device"
+    assert run.data.tags["orchestrator.run"] == one_device.run.root.name
+    assert any("version" in key or "python" in key for key in run.data.tags), run.data.tags
+    assert any("job=blobs" in value for value in run.data.tags.values())
+
+
+def test_metrics_are_there_by_their_prefixes(run: Any, client: Any) -> None:
+    keys = set(run.data.metrics)
+    assert {"train/loss", "eval/accuracy", "perf/examples_per_s", "worker/0/step_ms"} <= keys
+    history = client.get_metric_history(run.info.run_id, "eval/accuracy")
+    assert [point.step for point in history] == [60, 120]
+
+
+def test_data_configuration_plan_and_logs_are_there(run: Any, client: Any) -> None:
+    sets = {item.tags[0].value: item.dataset for item in run.inputs.dataset_inputs}
+    assert set(sets) == {"train", "eval"}
+    assert all(len(item.digest) >= 32 for item in sets.values())
+    paths = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "plan.txt", "overrides.txt", "logs"} <= paths
+    logs = {item.path for item in client.list_artifacts(run.info.run_id, "logs/attempt-1")}
+    assert "logs/attempt-1/worker-0.log" in logs
+
+
+def test_the_logged_model_answers_raw_inputs(
+    run: Any, client: Any, golden: dict[str, np.ndarray]
+) -> None:
+    (output,) = run.outputs.model_outputs
+    model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    assert golden["inputs"].dtype == np.uint8
+    np.testing.assert_allclose(
+        model.predict(golden["inputs"]), golden["outputs"], rtol=1e-5, atol=1e-5
+    )
+    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 8)
+
+
+def test_the_saved_model_answers_without_any_of_this(
+    one_device: Ended, golden: dict[str, np.ndarray]
+) -> None:
+    model = tf.saved_model.load(str(one_device.run.saved_model_dir))
+    answer = model.signatures["serving_default"](inputs=tf.constant(golden["inputs"][:5]))
+    np.testing.assert_allclose(answer["outputs"], golden["outputs"][:5], rtol=1e-5, atol=1e-5)
+
+
+def test_mlflow_serves_the_model_with_the_printed_command(
+    one_device: Ended, golden: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    (line,) = [line for line in one_device.out.splitlines() if "mlflow models serve" in line]
+    port = free_port()
+    command = line.partition("serve")[2].strip().replace("-p 8080", f"-p {port}")
+    assert f"-p {port}" in command
+    server = subprocess.Popen(
+        ["bash", "-c", command.replace('"$PWD/.venv/bin:$PATH"', f'"{BIN}:$PATH"')],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        rig.wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), "the model server", 90)
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations",
+            json.dumps({"inputs": golden["inputs"][:3].tolist()}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            predictions = json.load(response)["predictions"]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    np.testing.assert_allclose(predictions, golden["outputs"][:3], rtol=1e-4, atol=1e-4)
+
+
+def test_writing_the_record_again_changes_nothing(one_device: Ended) -> None:
+    before = rig.database(one_device.folder)
+    assert sync(one_device.run.root).missing == ""
+    assert rig.database(one_device.folder) == before
+
+
+def test_an_export_that_answers_otherwise_is_refused(one_device: Ended, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    subprocess.run(["cp", "-r", str(one_device.run.export_dir), str(export)], check=True)
+    with np.load(export / "golden.npz") as golden:
+        inputs, outputs = golden["inputs"], golden["outputs"]
+    # One thousandth of the largest answer: ten times what rounding explains.
+    np.savez(export / "golden.npz", inputs=inputs, outputs=outputs * 1.001)
+    script = rig.ROOT / "orchestrator" / "track" / "mlflow_model.py"
+    proving = subprocess.run(
+        [sys.executable, str(script), str(export)], cwd=tmp_path, capture_output=True, timeout=120
+    )
+    proof = json.loads((export / "proof.json").read_text())
+    assert proving.returncode == 1
+    assert proof["passed"] is False
+    assert "differs from the live model" in proof["error"]
+    assert not (export / "mlflow_model").exists()
+
+
+def test_the_interface_lands_on_the_runs(one_device: Ended, tmp_path: Path) -> None:
+    port = free_port()
+    arguments = (f"runs_dir={one_device.folder / 'runs'}", f"port={port}")
+    process = rig.start("ui", *arguments, cwd=tmp_path)
+    try:
+        assert process.stdout is not None
+        printed = [process.stdout.readline() for _ in range(3)]
+        link = f"http://127.0.0.1:{port}/#/experiments/1?workflowType=machine_learning"
+        assert any(link in line for line in printed), printed
+        page = dump_page(link)
+        assert one_device.run.root.name in page
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    assert not answers(f"http://127.0.0.1:{port}/health")
+
+
+def dump_page(link: str) -> str:
+    """Return a page's content once its scripts have run, as headless Chromium sees it."""
+    browser = next(
+        (name for name in ("chromium", "chromium-browser", "google-chrome") if is_there(name)), None
+    )
+    if browser is None:
+        pytest.skip("no Chromium to look with")
+    shown = subprocess.run(
+        [
+            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--virtual-time-budget=20000", "--window-size=1400,900", "--dump-dom", link),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return shown.stdout
+
+
+def is_there(name: str) -> bool:
+    """Tell whether a command is on the PATH."""
+    return any((Path(folder) / name).exists() for folder in os.environ["PATH"].split(os.pathsep))
+
+
+def test_a_taken_port_is_named(one_device: Ended, mlflow_server: str, tmp_path: Path) -> None:
+    port = mlflow_server.rpartition(":")[2]
+    arguments = (f"runs_dir={one_device.folder / 'runs'}", f"port={port}")
+    ended = rig.finish(rig.start("ui", *arguments, cwd=tmp_path), tmp_path)
+    assert ended.code == 2, ended.out
+    assert f"port={port} is taken" in ended.out
+
+
+def test_an_interface_without_runs_says_so(tmp_path: Path) -> None:
+    ended = rig.finish(rig.start("ui", cwd=tmp_path), tmp_path)
+    assert ended.code == 2, ended.out
+    assert "there are no runs yet" in ended.out
+
+
+def test_a_server_that_does_not_answer_costs_no_training(tmp_path: Path) -> None:
+    down = ("tracking.uri=http://127.0.0.1:9", "tracking.timeout_s=1", "export.enabled=false")
+    ended = rig.train(*down, cwd=tmp_path)
+    assert ended.code == 0, ended.out
+    assert "takes no records" in ended.out
+    assert f"runs sync {ended.run.root}" in ended.out
+    refused = rig.train(*down, "tracking.required=true", cwd=tmp_path)
+    assert refused.code == 5, refused.out
+    assert "tracking.required=true" in refused.out
