@@ -81,10 +81,12 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
     apply_ray_settings(config.cluster.name)
     with ExitStack() as stack:
         zygote = _start_zygote(config, stack)
-        host = _join_cluster(config) if config.cluster.name is ClusterName.existing else None
+        is_joining = config.cluster.name is ClusterName.existing
+        host = _join_cluster(config) if is_joining else local_host()
+        make_plan(config, run="checked", host=host, cwd=cwd)  # refused before there is a folder
         paths = past.paths if past is not None else create_run(config, cwd)
         stack.callback(Lease(paths).release)
-        plan = make_plan(config, run=paths.root.name, host=host or local_host(), cwd=cwd)
+        plan = make_plan(config, run=paths.root.name, host=host, cwd=cwd)
         if past is not None:
             notices += compare(past, plan, flatten(config))
         screen = stack.enter_context(
@@ -384,7 +386,10 @@ def _commands(
     own = "".join(f"--config-dir={path} " for path in plan.config.code_dirs[1:])
     commands = [("review", url or _make("ui", folder))]
     if exported:
-        model = shlex.quote(str(plan.paths.mlflow_model_dir))
+        folder_of_model, here = plan.paths.mlflow_model_dir, Path.cwd()
+        if folder_of_model.is_relative_to(here):
+            folder_of_model = folder_of_model.relative_to(here)
+        model = shlex.quote(str(folder_of_model))
         # MLflow starts uvicorn from the PATH.
         serve = f"mlflow models serve --env-manager local -p {_SERVE_PORT} -m {model}"
         commands.append(("serve", f'PATH="$PWD/.venv/bin:$PATH" {serve}'))

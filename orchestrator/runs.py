@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, RestoreError, StorageError
+from orchestrator.spec.overrides import key_of
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import RunConfig
@@ -38,6 +39,7 @@ class Past:
         mlflow_run: MLflow's id, if it was ever known.
         facts: the record the run was started with.
         last_step: the last step any attempt reported.
+        start_time: Unix seconds at which it was first started; 0 if nothing is known.
     """
 
     paths: RunPaths
@@ -46,6 +48,7 @@ class Past:
     mlflow_run: str | None
     facts: dict[str, Any]
     last_step: int
+    start_time: float
 
     @property
     def name(self) -> str:
@@ -73,7 +76,8 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
             mlflow_run = record["run_id"]
         elif kind == "BlockDone":
             last_step = max(last_step, int(record["first_step"]) + int(record["num_steps"]))
-    return Past(paths, status, attempts, mlflow_run, facts, last_step)
+    start_time = float(facts.get("time", 0.0))
+    return Past(paths, status, attempts, mlflow_run, facts, last_step, start_time)
 
 
 def new_run_name(now: datetime, token: str) -> str:
@@ -94,20 +98,27 @@ def create_run(config: RunConfig, cwd: Path) -> RunPaths:
         root = parent / name
         try:
             parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_make(parent, error) from error
+        try:
             root.mkdir()
         except FileExistsError as error:
-            if config.run_name is None and parent.is_dir():
+            if config.run_name is None:
                 continue
             raise ConfigError(
                 f"run_name={name}: {root} exists already; choose another name, or continue it "
                 f"with resume={name}"
             ) from error
         except OSError as error:
-            raise StorageError(
-                f"cannot make the run folder {root}: {error.strerror}; set runs_dir to a folder "
-                "that can be written"
-            ) from error
+            raise _cannot_make(root, error) from error
         return RunPaths(root)
+
+
+def _cannot_make(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot make the folder {folder}: {error.strerror}; set runs_dir to a folder that can be "
+        "written"
+    )
 
 
 def find_run(config: RunConfig, cwd: Path, read: ReadJournal) -> Past | None:
@@ -118,8 +129,8 @@ def find_run(config: RunConfig, cwd: Path, read: ReadJournal) -> Past | None:
     """
     assert config.resume is not None
     parent = (cwd / config.runs_dir).resolve() / config.job.name
-    folders = sorted((path for path in parent.glob("*/journal.jsonl")), reverse=True)
-    pasts = [look_back(RunPaths(path.parent), read) for path in folders]
+    pasts = [look_back(RunPaths(path.parent), read) for path in parent.glob("*/journal.jsonl")]
+    pasts.sort(key=lambda past: (past.start_time, past.name), reverse=True)
     if config.resume in ("latest", "auto"):
         unfinished = [past for past in pasts if past.status != "FINISHED"]
         if unfinished:
@@ -150,17 +161,13 @@ def read_overrides(paths: RunPaths) -> list[str]:
         lines = paths.overrides.read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [line for line in lines if _key(line) not in _ONE_START and not line.endswith(MASK)]
+    return [line for line in lines if key_of(line) not in _ONE_START and MASK not in line]
 
 
 def merge_overrides(before: list[str], given: list[str]) -> list[str]:
     """Return both, where what is given now replaces the same key of before."""
-    keys = {_key(override) for override in given}
-    return [*(override for override in before if _key(override) not in keys), *given]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
+    keys = {key_of(override) for override in given}
+    return [*(override for override in before if key_of(override) not in keys), *given]
 
 
 def compare(past: Past, plan: RunPlan, params: Mapping[str, str]) -> list[str]:

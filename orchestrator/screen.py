@@ -207,13 +207,18 @@ class Screen:
 
     def _print_header(self, header: Sequence[str]) -> None:
         for index, text in enumerate(header):
-            self._console.print(Text(printable(text), style="" if index else "bold"))
+            self._put(text, "" if index else "bold")
+
+    def _put(self, text: str, style: str) -> None:
+        # A path or an address that is broken over lines cannot be copied.
+        whole = any(len(word) > 20 and "/" in word for word in text.split())
+        self._console.print(Text(printable(text), style=style), soft_wrap=whole)
 
     def _print(self, lines: Sequence[Line]) -> None:
         if lines:
             self._last_print_s = self.state.elapsed_s
         for line in lines:
-            self._console.print(Text(printable(line.text), style=_STYLES[line.tone]))
+            self._put(line.text, _STYLES[line.tone])
 
     def _print_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Print a word and a value a line; never broken, so that commands can be copied."""

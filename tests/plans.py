@@ -21,7 +21,6 @@ def tiny_config(**changes: Any) -> s.RunConfig:
         strategy=s.StrategyConfig(
             name=s.StrategyName.one_device,
             num_workers=1,
-            min_workers=None,
             devices_per_worker="1",
         ),
         cluster=s.ClusterConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.spec.schema import ClusterName, RunConfig
+from orchestrator.spec.secrets import mask_text
 
 # Variable -> why it is not honoured, and what to use instead.
 _OVERRULED = {
@@ -40,11 +41,11 @@ def inspect_environment(
             changes[name] = None
     if environ.get("RAY_ADDRESS") and config.cluster.name is ClusterName.local:
         notices.append(
-            f"RAY_ADDRESS={environ['RAY_ADDRESS']} is set and not honoured: cluster=local starts "
-            "its own Ray; join that one with cluster=existing"
+            f"RAY_ADDRESS={mask_text(environ['RAY_ADDRESS'])} is set and not honoured: "
+            "cluster=local starts its own Ray; join that one with cluster=existing"
         )
         changes["RAY_ADDRESS"] = None
-    backend = environ.get("KERAS_BACKEND", "tensorflow")
+    backend = environ.get("KERAS_BACKEND") or "tensorflow"
     if backend != "tensorflow":
         notices.append(f"KERAS_BACKEND={backend} is set and not honoured: TensorFlow trains here")
         changes["KERAS_BACKEND"] = "tensorflow"
@@ -53,7 +54,7 @@ def inspect_environment(
             notices.append(f"{name}={environ[name]} is set and honoured")
     if any(environ.get(name) for name in _PROXIES):
         known = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-        if "127.0.0.1" not in known:
+        if "127.0.0.1" not in known and "*" not in known.split(","):
             notices.append("a proxy is set: loopback is taken out of it (no_proxy)")
             changes["no_proxy"] = changes["NO_PROXY"] = ",".join(filter(None, [known, _LOOPBACK]))
     return notices, changes

@@ -105,6 +105,12 @@ def make_plan(config: RunConfig, *, run: str, host: Host, cwd: Path) -> RunPlan:
             f"(train.micro_batches); raise it to at least {replicas * config.train.micro_batches}"
         )
     steps_per_epoch = Fraction(config.data.num_examples, batch)
+    total_steps = _total_steps(config, steps_per_epoch)
+    if config.schedule.warmup_steps >= total_steps > 1:
+        raise PlanError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is not shorter than the run of "
+            f"{total_steps} steps (train.steps, train.epochs)"
+        )
     eval_batch = min(math.ceil(batch / replicas), config.data.num_eval_examples or 1)
     root = (cwd / config.runs_dir).resolve()
     uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
@@ -118,7 +124,7 @@ def make_plan(config: RunConfig, *, run: str, host: Host, cwd: Path) -> RunPlan:
         cpus_per_worker=_cpus_per_worker(config, host),
         replica_batch_sizes=split_evenly(batch, replicas),
         steps_per_epoch=steps_per_epoch,
-        total_steps=_total_steps(config, steps_per_epoch),
+        total_steps=total_steps,
         eval_period=_eval_period(config, steps_per_epoch),
         eval_batch_size=eval_batch,
         eval_steps=math.ceil(config.data.num_eval_examples / (eval_batch * replicas)),
@@ -137,13 +143,11 @@ def split_evenly(total: int, parts: int) -> tuple[int, ...]:
 
 def _devices(config: RunConfig, host: Host) -> tuple[int, str]:
     """Devices of each worker and their kind."""
-    asked = config.strategy.devices_per_worker
+    asked, num_workers = config.strategy.devices_per_worker, config.strategy.num_workers
     if config.strategy.name is StrategyName.one_device:
         return 1, "GPU" if host.num_gpus else "CPU"
-    if asked == "auto":
-        return (host.num_gpus, "GPU") if host.num_gpus else (1, "CPU")
-    count = int(asked)
     if host.num_gpus == 0:
+        count = 1 if asked == "auto" else int(asked)
         if config.strategy.name is StrategyName.multi_worker and count > 1:
             raise PlanError(
                 f"strategy.devices_per_worker={count} with strategy=multi_worker and no GPU: "
@@ -151,10 +155,16 @@ def _devices(config: RunConfig, host: Host) -> tuple[int, str]:
                 f"raise strategy.num_workers, or use strategy=mirrored on one host"
             )
         return count, "CPU"
-    if count > host.num_gpus:
+    # Workers of a local cluster share this host; elsewhere each may have a host of its own.
+    sharing = num_workers if config.cluster.name is ClusterName.local else 1
+    most = host.num_gpus // sharing
+    count = max(1, most) if asked == "auto" else int(asked)
+    if count > most:
+        shared = f" for {sharing} workers (strategy.num_workers)" if sharing > 1 else ""
         raise PlanError(
-            f"strategy.devices_per_worker={count} but each host has {host.num_gpus} GPU(s); "
-            f"set strategy.devices_per_worker to at most {host.num_gpus}, or to auto"
+            f"strategy.devices_per_worker={asked} but the host has {host.num_gpus} GPU(s){shared}; "
+            f"set strategy.devices_per_worker to at most {max(1, most)}, or to auto"
+            + (f" and strategy.num_workers to at most {host.num_gpus}" if most == 0 else "")
         )
     return count, "GPU"
 
@@ -171,7 +181,7 @@ def _cpus_per_worker(config: RunConfig, host: Host) -> int:
 def _total_steps(config: RunConfig, steps_per_epoch: Fraction) -> int:
     if config.train.steps is not None:
         return config.train.steps
-    return math.ceil(Fraction(config.train.epochs or 0) * steps_per_epoch)
+    return math.ceil(_exact(config.train.epochs or 0.0) * steps_per_epoch)
 
 
 def _eval_period(config: RunConfig, steps_per_epoch: Fraction) -> Fraction | None:
@@ -180,5 +190,10 @@ def _eval_period(config: RunConfig, steps_per_epoch: Fraction) -> Fraction | Non
     if config.train.eval_every_steps is not None:
         return Fraction(config.train.eval_every_steps)
     if config.train.eval_every_epochs is not None:
-        return Fraction(config.train.eval_every_epochs) * steps_per_epoch
+        return _exact(config.train.eval_every_epochs) * steps_per_epoch
     return None
+
+
+def _exact(number: float) -> Fraction:
+    """Return a number as it was written: 0.1 is a tenth, not the nearest sum of halves."""
+    return Fraction(repr(number))

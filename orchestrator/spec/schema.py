@@ -93,7 +93,6 @@ class StrategyConfig:
 
     name: StrategyName
     num_workers: int
-    min_workers: int | None
     devices_per_worker: str  # "auto" or a number: OmegaConf has no union of text and int
 
 

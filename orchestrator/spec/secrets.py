@@ -12,12 +12,24 @@ _KEY = re.compile(
     r"(^|[_.\-])(password|passwd|pwd|secret|token|(api|access|private|secret)_?key|credentials?)$",
     re.IGNORECASE,
 )
-_CREDENTIALS = re.compile(r"(?P<scheme>\w+://)[^/@\s]+@")
+# A password may hold an @, and even a slash.
+_PASSWORD = r"[^/\s:@]*:(?!\d+(?:/|$))\S*"
+_CREDENTIALS = re.compile(rf"(?P<scheme>\w+://)(?:[^/\s]+|{_PASSWORD})@")
+_LITERAL_CREDENTIALS = re.compile(rf"\w+://{_PASSWORD}@")
 
 
 def is_secret_key(key: str) -> bool:
     """Tell whether a key looks as if its value were a secret."""
     return bool(_KEY.search(key))
+
+
+def is_literal_secret(key: str, value: object) -> bool:
+    """Tell whether a secret is written out instead of taken from the environment."""
+    if value is None or isinstance(value, bool) or "${" in str(value):
+        return False
+    if any(is_secret_key(part) for part in key.split(".")):
+        return value != ""
+    return bool(_LITERAL_CREDENTIALS.search(str(value)))
 
 
 def mask_text(text: str) -> str:
@@ -28,18 +40,25 @@ def mask_text(text: str) -> str:
 def masked(value: Any, key: str = "") -> Any:
     """Return nested values with everything secret replaced by `***`."""
     if isinstance(value, Mapping):
-        return {name: masked(item, str(name)) for name, item in value.items()}
+        # What lies below a secret key is secret too.
+        return {
+            name: masked(item, key if is_secret_key(key) else str(name))
+            for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [masked(item, key) for item in value]
-    if is_secret_key(key) and isinstance(value, str) and value:
+    if is_secret_key(key) and value not in (None, "") and not isinstance(value, bool):
         return MASK
     return mask_text(value) if isinstance(value, str) else value
 
 
 def mask_overrides(overrides: list[str]) -> list[str]:
-    """Return overrides as typed, with the values of secret keys masked."""
-    shown = []
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        shown.append(f"{key}={MASK}" if equals and is_secret_key(key) else mask_text(override))
-    return shown
+    """Return overrides as typed, secrets masked; `${oc.env:NAME}` names a secret and tells none."""
+    return [override if "${" in override else _mask_override(override) for override in overrides]
+
+
+def _mask_override(override: str) -> str:
+    key, equals, _ = override.partition("=")
+    if equals and any(is_secret_key(part) for part in key.split(".")):
+        return f"{key}={MASK}"
+    return mask_text(override)

@@ -19,6 +19,7 @@ from orchestrator.spec.schema import (
     ScheduleName,
     StrategyName,
 )
+from orchestrator.spec.secrets import mask_text
 
 _MAX_SEED = 2**63 - 1
 _RUN_NAME = re.compile(r"[\w][\w.\-]*")
@@ -119,11 +120,6 @@ def _strategy(config: RunConfig) -> Iterator[str]:
         yield f"strategy.devices_per_worker={devices}: must be auto or a whole number from 1"
     elif strategy.name is StrategyName.one_device and devices != "1":
         yield f"strategy.devices_per_worker={devices} with strategy=one_device: use mirrored"
-    if strategy.min_workers is not None and not 1 <= strategy.min_workers <= strategy.num_workers:
-        yield (
-            f"strategy.min_workers={strategy.min_workers}: must be from 1 to "
-            f"strategy.num_workers={strategy.num_workers}"
-        )
     if cluster.name is ClusterName.inline and strategy.name is StrategyName.multi_worker:
         yield (
             "cluster=inline with strategy=multi_worker: one process cannot be several workers; "
@@ -200,8 +196,8 @@ def _names(config: RunConfig) -> Iterator[str]:
     uri = config.tracking.uri
     if uri is not None and not uri.startswith(("sqlite:///", "http://", "https://")):
         yield (
-            f"tracking.uri={uri}: must begin with sqlite:///, http:// or https:// (MLflow's file "
-            "store is no longer supported)"
+            f"tracking.uri={mask_text(uri)}: must begin with sqlite:///, http:// or https:// "
+            "(MLflow's file store is no longer supported)"
         )
     if config.export.register and re.search(r"[/:]", config.export.register):
         yield f"export.register={config.export.register}: MLflow allows neither / nor : in it"
@@ -248,19 +244,7 @@ def _folder_of(module: str, code_dirs: list[str]) -> Path | None:
 
 def _arguments(classes: dict[str, ast.ClassDef], name: str, args: dict[str, Any]) -> Iterator[str]:
     """Compare `job.args` with the constructor, following bases within the file."""
-    init = _constructor(classes, name)
-    if init is None:
-        accepted, required, anything = [], [], False
-    else:
-        spec = init.args
-        names = [arg.arg for arg in (*spec.posonlyargs, *spec.args)][1:]
-        accepted = names + [arg.arg for arg in spec.kwonlyargs]
-        required = names[: len(names) - len(spec.defaults)] + [
-            arg.arg
-            for arg, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
-            if default is None
-        ]
-        anything = spec.kwarg is not None
+    accepted, required, anything = _constructor(classes, name)
     for given in args:
         if given not in accepted and not anything:
             takes = f"it takes {', '.join(accepted)}" if accepted else "it takes no arguments"
@@ -270,12 +254,30 @@ def _arguments(classes: dict[str, ast.ClassDef], name: str, args: dict[str, Any]
             yield f"job.args.{needed} is missing: {name} needs it"
 
 
-def _constructor(classes: dict[str, ast.ClassDef], name: str) -> ast.FunctionDef | None:
+def _signature(init: ast.FunctionDef) -> tuple[list[str], list[str], bool]:
+    """Return what a constructor accepts, what it needs, and whether it accepts anything."""
+    spec = init.args
+    names = [arg.arg for arg in (*spec.posonlyargs, *spec.args)][1:]
+    needed = names[: len(names) - len(spec.defaults)] + [
+        arg.arg
+        for arg, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
+        if default is None
+    ]
+    return names + [arg.arg for arg in spec.kwonlyargs], needed, spec.kwarg is not None
+
+
+def _constructor(classes: dict[str, ast.ClassDef], name: str) -> tuple[list[str], list[str], bool]:
+    """Return what a class's constructor accepts and needs, and whether it may accept anything."""
     node = classes[name]
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return item
+            return _signature(item)
+    if node.decorator_list:
+        return [], [], True  # a dataclass makes its constructor itself
     for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in classes and base.id != name:
-            return _constructor(classes, base.id)
-    return None
+        base_name = base.id if isinstance(base, ast.Name) else ""
+        if base_name in classes and base_name != name:
+            return _constructor(classes, base_name)
+        if not ast.unparse(base).endswith("Job"):
+            return [], [], True  # an imported base brings its own
+    return [], [], False

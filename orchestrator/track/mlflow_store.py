@@ -227,7 +227,9 @@ class Store:
             )
             client.log_model_artifacts(model.model_id, str(paths.mlflow_model_dir))
             client.finalize_logged_model(model.model_id, "READY")
-        client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
+        outputs = client.get_run(self.run_id).outputs
+        if model.model_id not in [item.model_id for item in outputs.model_outputs]:
+            client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
         if facts.register is not None:
             self._register(facts.register, model)
         return str(model.model_uri)

@@ -97,7 +97,7 @@ def test_the_saved_model_answers_without_any_of_this(
 
 
 def test_mlflow_serves_the_model_with_the_printed_command(
-    one_device: Ended, golden: dict[str, np.ndarray], tmp_path: Path
+    one_device: Ended, golden: dict[str, np.ndarray]
 ) -> None:
     (line,) = [line for line in one_device.out.splitlines() if "mlflow models serve" in line]
     port = free_port()
@@ -105,7 +105,7 @@ def test_mlflow_serves_the_model_with_the_printed_command(
     assert f"-p {port}" in command
     server = subprocess.Popen(
         ["bash", "-c", command.replace('"$PWD/.venv/bin:$PATH"', f'"{BIN}:$PATH"')],
-        cwd=tmp_path,
+        cwd=one_device.folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -1,0 +1,38 @@
+"""What tests of real processes share: one zygote, as importing TensorFlow takes seconds; waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from orchestrator.control.launcher import Zygote, start_zygote
+
+# For what takes a second or two; a busy machine may need longer.
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """A zygote; the first child waits while it imports TensorFlow."""
+    found = start_zygote()
+    yield found
+    found.close()
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Return when the condition holds; fail, saying what did not come, when it never does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S:g} s"
+        time.sleep(0.01)
+
+
+def is_gone(pid: int) -> bool:
+    """Tell whether a process has ended, reaped by its parent or not."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,119 @@
+"""What is refused, and what is only said, before the first worker is started."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.control.preflight import run_checks
+from orchestrator.errors import ConfigError, PlanError, StorageError
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import ClusterName, StrategyName
+from tests.plans import tiny_plan
+
+ON_A_CLUSTER = {"cluster__name": ClusterName.existing}
+TWO_WORKERS = {"strategy__name": StrategyName.multi_worker, "strategy__num_workers": 2}
+
+
+def plan_with_folder(folder: Path, **changes: Any) -> RunPlan:
+    plan = tiny_plan(folder, **changes)
+    plan.paths.root.mkdir(parents=True)
+    return plan
+
+
+def plan_without_folder(folder: Path, **changes: Any) -> RunPlan:
+    """Return a plan whose run folder is a file, which root cannot write into either."""
+    plan = tiny_plan(folder, **changes)
+    plan.paths.root.parent.mkdir(parents=True)
+    plan.paths.root.touch()
+    return plan
+
+
+def test_a_sound_plan_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    plan = plan_with_folder(tmp_path)
+    run_checks(plan)
+    assert list(plan.paths.root.iterdir()) == []
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_with_the_key(tmp_path: Path) -> None:
+    plan = plan_without_folder(tmp_path)
+    with pytest.raises(StorageError) as refusal:
+        run_checks(plan)
+    assert f"{plan.paths.root} cannot be written" in str(refusal.value)
+    assert "runs_dir" in str(refusal.value)
+
+
+def test_data_that_is_not_there_is_refused_with_the_key(tmp_path: Path) -> None:
+    plan = plan_with_folder(tmp_path, data__path="missing")
+    with pytest.raises(ConfigError) as refusal:
+        run_checks(plan)
+    assert f"data.path={tmp_path / 'missing'}" in str(refusal.value)
+
+
+def test_data_that_is_there_passes(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    run_checks(plan_with_folder(tmp_path, data__path="mine"))
+
+
+def test_data_on_the_nodes_of_a_cluster_need_not_be_here(tmp_path: Path) -> None:
+    run_checks(plan_with_folder(tmp_path, data__path="missing", **ON_A_CLUSTER))
+
+
+def test_workers_of_a_cluster_talk_over_a_trusted_network_only(tmp_path: Path) -> None:
+    plan = plan_with_folder(tmp_path, **ON_A_CLUSTER, **TWO_WORKERS)
+    with pytest.raises(PlanError) as refusal:
+        run_checks(plan)
+    assert "20000-20999" in str(refusal.value)
+    assert "cluster.trusted_network=true" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({**ON_A_CLUSTER, **TWO_WORKERS, "cluster__trusted_network": True}, id="said"),
+        pytest.param(ON_A_CLUSTER, id="one worker"),
+        pytest.param(TWO_WORKERS, id="one host"),
+    ],
+)
+def test_a_network_that_is_trusted_or_not_used_passes(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run_checks(plan_with_folder(tmp_path, **changes))
+
+
+def test_all_refusals_are_told_together_as_the_first_ones_kind(tmp_path: Path) -> None:
+    plan = plan_without_folder(tmp_path, data__path="missing")
+    with pytest.raises(StorageError) as refusal:
+        run_checks(plan)
+    folder, data = str(refusal.value).splitlines()
+    assert "cannot be written" in folder
+    assert "data.path=" in data
+
+
+def test_a_home_that_is_missing_is_said_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    said = run_checks(plan_with_folder(tmp_path))
+    assert any(text.startswith("HOME is missing") for text in said)
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """Let this process open few files, as a default shell does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("few_files")
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -> None:
+    said = run_checks(plan_with_folder(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft > 1024 or hard == 1024
+    assert any("ulimit -n" in text for text in said) == (soft < 4096)

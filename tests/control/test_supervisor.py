@@ -1,0 +1,452 @@
+"""The supervisor, played through on scripts and a clock that only polls move."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.control.supervisor import Interrupted, Supervisor
+from orchestrator.errors import (
+    BudgetSpent,
+    ClusterError,
+    ExportError,
+    JobError,
+    OrchestratorError,
+    RestoreError,
+    StartFailed,
+    StorageError,
+)
+from orchestrator.spec.messages import Cause, Death, Message, Outcome, Phase, Request, Saved
+from orchestrator.spec.schema import StrategyName
+from tests.control.scripted import (
+    Line,
+    Script,
+    ScriptedGroup,
+    Silence,
+    beacon,
+    block,
+    death,
+    ended,
+    failed,
+    ready,
+    saved,
+)
+from tests.plans import tiny_plan
+
+START_PATIENCE_S = 120.0
+STEP_PATIENCE_S = 10.0
+# An attempt of one worker from start to end.
+WELL: list[Line] = [ready(), block(), ended()]
+
+
+class Desk:
+    """A supervisor with everything it is given, and what it told."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *scripts: Script,
+        workers: int = 1,
+        first_attempt: int = 1,
+        checkpoint: Saved | None = None,
+        **changes: Any,
+    ):
+        """Make a desk.
+
+        Args:
+            folder: where the run folder is.
+            scripts: what each attempt brings.
+            workers: how many workers the plan has.
+            first_attempt: later than 1 for a resumed run.
+            checkpoint: one that is there from the beginning.
+            changes: of the configuration, as `tiny_plan` takes them.
+        """
+        if workers > 1:
+            changes["strategy__name"] = StrategyName.multi_worker
+            changes["strategy__num_workers"] = workers
+        self.plan = tiny_plan(
+            folder,
+            recovery__start_patience_s=START_PATIENCE_S,
+            recovery__step_patience_s=STEP_PATIENCE_S,
+            **changes,
+        )
+        self.group = ScriptedGroup(*scripts)
+        self.told: list[Message] = []
+        self.began: list[tuple[int, str | None]] = []
+        self.notices: list[str] = []
+        self._checkpoint = checkpoint
+        self.supervisor = Supervisor(
+            self.group,
+            self.plan,
+            observe=self.told.append,
+            began=lambda attempt, path: self.began.append((attempt, path)),
+            notice=self.notices.append,
+            newest_checkpoint=self.newest_checkpoint,
+            first_attempt=first_attempt,
+            clock=self.group.clock,
+        )
+
+    def newest_checkpoint(self) -> tuple[int, str] | None:
+        told = [message for message in self.told if isinstance(message, Saved)]
+        newest = told[-1] if told else self._checkpoint
+        return None if newest is None else (newest.step, newest.path)
+
+    def run(self) -> Outcome:
+        return self.supervisor.run()
+
+    def stop(self) -> None:
+        self.supervisor.stop()
+
+    def story(self, error: type[OrchestratorError] = OrchestratorError) -> str:
+        """Run to a bitter end and return what the user reads; the error is of just this class."""
+        with pytest.raises(error) as raised:
+            self.run()
+        assert error in (raised.type, OrchestratorError)
+        return str(raised.value)
+
+
+def test_a_run_ends_when_every_worker_has_ended(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [[ready(0), ready(1)], block(), ended(1), ended(0)], workers=2)
+    assert desk.run() is Outcome.completed
+    assert desk.group.starts == [(desk.plan, 1, None)]
+    assert desk.began == [(1, None)]
+
+
+def test_every_message_is_observed_in_the_order_it_came(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), [block(), saved(4)], ended()])
+    desk.run()
+    kinds = [type(message).__name__ for message in desk.told]
+    assert kinds == ["Ready", "BlockDone", "Saved", "Ended"]
+
+
+def test_the_export_is_proven_once_after_everyone_has_ended(tmp_path: Path) -> None:
+    before_the_last: list[str] = []
+    script: list[Line] = [
+        [ready(0), ready(1)],
+        ended(0),
+        lambda: before_the_last.extend(desk.group.calls),
+        ended(1),
+    ]
+    desk = Desk(tmp_path, script, workers=2)
+    desk.run()
+    assert before_the_last == ["start 1 from None"]
+    assert desk.group.calls == ["start 1 from None", "prove_export", "kill"]
+
+
+def test_a_run_without_export_proves_none(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, WELL, export__enabled=False)
+    desk.run()
+    assert desk.group.calls == ["start 1 from None", "kill"]
+
+
+def test_a_dead_worker_ends_the_group_which_restarts_from_the_newest_checkpoint(
+    tmp_path: Path,
+) -> None:
+    first: list[Line] = [[ready(0), ready(1)], block(), saved(4), saved(8), death(1)]
+    second: list[Line] = [[ready(0, 8), ready(1, 8)], [ended(0), ended(1)]]
+    desk = Desk(tmp_path, first, second, workers=2)
+    assert desk.run() is Outcome.completed
+    assert desk.group.calls == [
+        "start 1 from None",
+        "kill",
+        "start 2 from step-8",
+        "prove_export",
+        "kill",
+    ]
+    assert desk.began == [(1, None), (2, "step-8")]
+
+
+def test_a_restart_is_told_with_its_budget_and_its_step(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), block(), saved(1200), death()], WELL, recovery__max_restarts=3)
+    desk.run()
+    assert desk.notices == ["retry 1 of 3 from step 1,200"]
+
+
+def test_attempts_of_a_resumed_run_are_numbered_on(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), death()], WELL, first_attempt=4, checkpoint=saved(8))
+    desk.run()
+    assert desk.began == [(4, "step-8"), (5, "step-8")]
+
+
+def test_every_new_checkpoint_gives_the_whole_budget_back(tmp_path: Path) -> None:
+    scripts = [[ready(), block(), saved(step), death()] for step in (2, 4, 6, 8)]
+    desk = Desk(tmp_path, *scripts, WELL, recovery__max_restarts=1)
+    assert desk.run() is Outcome.completed
+    assert desk.notices[-1] == "retry 1 of 1 from step 8"
+
+
+def test_a_start_that_fails_is_tried_again(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, StartFailed("no process"), WELL)
+    assert desk.run() is Outcome.completed
+    assert desk.group.calls[:3] == ["start 1 from None", "kill", "start 2 from None"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param([ready(), death()], id="a worker dies"),
+        pytest.param([ready(), failed()], id="a worker fails"),
+        pytest.param([ready(), block(), Silence(11.0)], id="a worker is silent"),
+        pytest.param(StartFailed("no process"), id="a process does not start"),
+        pytest.param(ClusterError("no node"), id="a node is missing"),
+        pytest.param(RuntimeError("a bug"), id="start breaks"),
+        pytest.param([ended()], id="all ends well"),
+    ],
+)
+def test_the_group_is_killed_however_an_attempt_ends(tmp_path: Path, script: Script) -> None:
+    desk = Desk(tmp_path, script, recovery__max_restarts=0, export__enabled=False)
+    with contextlib.suppress(OrchestratorError, RuntimeError):
+        desk.run()
+    assert desk.group.calls[0] == "start 1 from None"
+    assert desk.group.calls[-1] == "kill" and desk.group.calls.count("kill") == 1
+
+
+def test_the_staging_folder_of_a_dead_attempt_is_gone_before_the_next_begins(
+    tmp_path: Path,
+) -> None:
+    left: list[list[Path]] = []
+    desk = Desk(
+        tmp_path,
+        [ready(), death()],
+        [lambda: left.append(list(desk.plan.paths.checkpoints_dir.iterdir())), *WELL],
+    )
+    staging = desk.plan.paths.staging_dir(1)
+    staging.mkdir(parents=True)
+    (staging / "half.data").write_bytes(b"half")
+    desk.run()
+    assert left == [[]]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param([failed(0, Cause.collateral), death(1)], id="a poll later"),
+        pytest.param([death(1), failed(0, Cause.collateral)], id="a poll earlier"),
+        pytest.param([[failed(0, Cause.collateral), death(1)]], id="in the same poll"),
+        pytest.param([[death(1), failed(0, Cause.collateral)]], id="in the same poll before"),
+    ],
+)
+def test_a_death_is_told_and_not_what_its_peers_suffered(tmp_path: Path, lines: list[Line]) -> None:
+    script = [[ready(0), ready(1)], block(), *lines]
+    desk = Desk(tmp_path, script, workers=2, recovery__max_restarts=0)
+    story = desk.story(BudgetSpent)
+    assert story.startswith("worker 1 on host-1 failed")
+    assert "death of worker 1" in story
+    assert "collateral" not in story
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param([death(0), failed(1)], id="a poll later"),
+        pytest.param([failed(1), death(0)], id="a poll earlier"),
+        pytest.param([[death(0), failed(1)]], id="in the same poll"),
+        pytest.param([failed(0, Cause.collateral), failed(1)], id="after collateral"),
+    ],
+)
+def test_a_job_error_is_told_and_not_the_death_it_brought(
+    tmp_path: Path, lines: list[Line]
+) -> None:
+    desk = Desk(tmp_path, [[ready(0), ready(1)], *lines], workers=2)
+    story = desk.story(JobError)
+    assert story.startswith("worker 1 on host-1 failed")
+    assert "job error of worker 1" in story
+    assert "worker 0" not in story
+
+
+def test_of_two_deaths_the_earlier_is_told(tmp_path: Path) -> None:
+    deaths = [death(0, time=5.0), death(1, time=4.0)]
+    desk = Desk(tmp_path, [*deaths], workers=2, recovery__max_restarts=0)
+    assert "death of worker 1" in desk.story()
+
+
+def test_what_is_heard_after_the_first_failure_is_observed_too(tmp_path: Path) -> None:
+    script: list[Line] = [death(0), [failed(1, Cause.collateral)]]
+    desk = Desk(tmp_path, script, workers=2, recovery__max_restarts=0)
+    desk.story()
+    assert [type(message).__name__ for message in desk.told] == ["Death", "Failed"]
+
+
+def test_the_users_own_line_comes_before_the_error(tmp_path: Path) -> None:
+    frame = "jobs/mnist.py:30 in loss: return batch['label']"
+    desk = Desk(tmp_path, [ready(), failed(user_frame=frame, error="KeyError: 'label'")])
+    first, second, third, *_ = desk.story(JobError).splitlines()
+    assert first == "worker 0 on host-0 failed at step 4 while stepping"
+    assert second.strip() == frame
+    assert third.strip() == "KeyError: 'label'"
+
+
+def test_the_log_of_the_worker_and_attempt_that_failed_is_named(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(1), failed(1)], workers=2, first_attempt=3)
+    log = desk.plan.paths.worker_log(3, 1)
+    assert f"log: {log}" in desk.story(JobError).splitlines()
+
+
+def test_the_last_lines_of_a_dead_workers_log_are_told(tmp_path: Path) -> None:
+    script: list[Line] = [ready(), death(log_tail="loading\nout of memory")]
+    desk = Desk(tmp_path, script, recovery__max_restarts=0)
+    assert "  | loading\n  | out of memory\n" in desk.story()
+
+
+def test_a_start_that_fails_for_good_is_told_without_a_log(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, StartFailed("no process"), recovery__max_restarts=0)
+    assert desk.story(StartFailed) == "no process"
+
+
+def test_a_job_error_before_the_first_step_is_not_retried(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), failed(phase=Phase.tracing)], recovery__max_restarts=9)
+    assert "before its first step" in desk.story(JobError)
+    assert len(desk.group.starts) == 1
+
+
+def test_a_job_error_that_comes_again_at_the_same_step_ends_the_run(tmp_path: Path) -> None:
+    script: list[Line] = [ready(), block(), failed()]
+    desk = Desk(tmp_path, script, script, recovery__max_restarts=9)
+    assert "twice in the same way at the same step" in desk.story(JobError)
+    assert len(desk.group.starts) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        pytest.param([failed(cause=Cause.job)], JobError, id="job"),
+        pytest.param([failed(cause=Cause.restore)], RestoreError, id="restore"),
+        pytest.param([failed(cause=Cause.storage)], StorageError, id="storage"),
+        pytest.param([failed(cause=Cause.export)], ExportError, id="export"),
+        pytest.param([failed(cause=Cause.start)], StartFailed, id="start"),
+        pytest.param([death()], StartFailed, id="death before a step"),
+        pytest.param([block(), death()], BudgetSpent, id="death after a step"),
+        pytest.param(StartFailed("no process"), StartFailed, id="start raises StartFailed"),
+        pytest.param(ClusterError("no node"), ClusterError, id="start raises ClusterError"),
+    ],
+)
+def test_a_run_that_is_given_up_raises_the_error_of_its_cause(
+    tmp_path: Path, script: Script, error: type[OrchestratorError]
+) -> None:
+    Desk(tmp_path, script, recovery__max_restarts=0).story(error)
+
+
+def test_what_the_group_does_not_expect_itself_is_not_swallowed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        Desk(tmp_path, RuntimeError("a bug")).run()
+
+
+def test_a_stop_asks_the_workers_once_to_save_and_stop(tmp_path: Path) -> None:
+    desk = Desk(
+        tmp_path,
+        [ready(), lambda: desk.stop(), block(), saved(4), ended(outcome=Outcome.stopped)],
+    )
+    assert desk.run() is Outcome.stopped
+    assert desk.group.requests == [Request.SAVE_AND_STOP]
+
+
+def test_an_export_that_was_stopped_before_is_not_proven(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), lambda: desk.stop(), ended(outcome=Outcome.stopped)])
+    desk.run()
+    assert "prove_export" not in desk.group.calls
+
+
+def test_a_run_is_stopped_when_any_of_its_workers_was(tmp_path: Path) -> None:
+    last = [ended(0, Outcome.completed), ended(1, Outcome.stopped)]
+    desk = Desk(tmp_path, [ready(), lambda: desk.stop(), last], workers=2)
+    assert desk.run() is Outcome.stopped
+
+
+def test_a_stop_before_any_worker_is_ready_ends_the_run_at_once(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [beacon(phase=Phase.building), lambda: desk.stop()])
+    assert desk.run() is Outcome.stopped
+    assert desk.group.calls == ["start 1 from None", "kill"]
+
+
+def test_a_second_stop_ends_everything_at_once(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), lambda: desk.stop(), block(), lambda: desk.stop()])
+    with pytest.raises(Interrupted):
+        desk.run()
+    assert desk.group.calls == ["start 1 from None", "request save_and_stop", "kill"]
+
+
+def test_a_worker_that_dies_while_stopping_is_not_started_again(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), block(), lambda: desk.stop(), death()])
+    assert "while stopping" in desk.story()
+    assert len(desk.group.starts) == 1
+
+
+def test_silence_beyond_patience_is_the_death_of_the_worker_that_is_behind(
+    tmp_path: Path,
+) -> None:
+    script: list[Line] = [
+        [ready(0), ready(1)],
+        [block(0, 0, 4), block(1, 0, 3), beacon(1, Phase.saving, 3)],
+        Silence(STEP_PATIENCE_S + 1),
+    ]
+    desk = Desk(tmp_path, script, workers=2, recovery__max_restarts=0)
+    story = desk.story(BudgetSpent)
+    assert story.startswith("worker 1 on host-1 failed at step 3 while saving")
+    assert "it has told nothing for 11 s while saving" in story
+
+
+def test_a_worker_that_speaks_is_not_blamed_for_one_that_does_not(tmp_path: Path) -> None:
+    speaking: list[Line] = [Silence(6.0), beacon(0, step=1)]
+    script: list[Line] = [[block(0, 0, 1), block(1, 0, 4)], *speaking, *speaking]
+    desk = Desk(tmp_path, script, workers=2, recovery__max_restarts=0)
+    assert desk.story().startswith("worker 1 failed at step 4")
+
+
+def test_stacks_are_asked_for_before_a_stalled_group_is_killed(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [block(), Silence(STEP_PATIENCE_S + 1)], recovery__max_restarts=0)
+    desk.story()
+    assert desk.group.calls == ["start 1 from None", "request stacks", "kill"]
+
+
+def test_the_stacks_of_a_stalled_worker_are_told(tmp_path: Path) -> None:
+    script: list[Line] = [block(), Silence(STEP_PATIENCE_S + 1)]
+    desk = Desk(tmp_path, script, recovery__max_restarts=0)
+    stacks = desk.plan.paths.worker_stacks(1, 0)
+    stacks.parent.mkdir(parents=True)
+    stacks.write_text('File "mine.py", line 3 in source\n')
+    assert '  | File "mine.py", line 3 in source' in desk.story()
+
+
+def test_a_stall_is_on_record_as_a_death(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [block(), Silence(STEP_PATIENCE_S + 1)], WELL)
+    desk.run()
+    [stall] = [message for message in desk.told if isinstance(message, Death)]
+    assert (stall.worker, stall.attempt, stall.exit_status) == (0, 1, None)
+
+
+def test_a_death_heard_while_stacks_are_written_is_told_instead_of_the_stall(
+    tmp_path: Path,
+) -> None:
+    script: list[Line] = [block(), Silence(STEP_PATIENCE_S + 1), death()]
+    desk = Desk(tmp_path, script, recovery__max_restarts=0)
+    assert "death of worker 0" in desk.story()
+    assert [message.error for message in desk.told if isinstance(message, Death)] == [
+        "death of worker 0"
+    ]
+
+
+def test_before_the_first_step_patience_is_long(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), Silence(START_PATIENCE_S - 1), block(), ended()])
+    assert desk.run() is Outcome.completed
+
+
+def test_the_long_patience_ends_too(tmp_path: Path) -> None:
+    script: list[Line] = [beacon(phase=Phase.importing), Silence(START_PATIENCE_S + 1)]
+    desk = Desk(tmp_path, script, recovery__max_restarts=0)
+    assert "told nothing for 121 s while importing" in desk.story(StartFailed)
+
+
+def test_after_the_first_step_patience_is_short(tmp_path: Path) -> None:
+    quiet: list[Line] = [block(), Silence(STEP_PATIENCE_S - 1), block(0, 4), ended()]
+    assert Desk(tmp_path, quiet).run() is Outcome.completed
+    stalled = Desk(tmp_path, [block(), Silence(STEP_PATIENCE_S + 1)], recovery__max_restarts=0)
+    assert "told nothing for 11 s" in stalled.story(BudgetSpent)
+
+
+def test_after_a_restart_patience_is_long_again(tmp_path: Path) -> None:
+    second: list[Line] = [ready(), Silence(START_PATIENCE_S - 1), block(), ended()]
+    desk = Desk(tmp_path, [ready(), block(), death()], second)
+    assert desk.run() is Outcome.completed
