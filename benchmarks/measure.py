@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -84,4 +85,4 @@ def paired(above: Sequence[float], below: Sequence[float]) -> str:
 
 def noise(same: Sequence[float]) -> str:
     """Return the ratios of one side to itself, from one run to the next."""
-    return spread([b / a for a, b in zip(same, same[1:], strict=False)])
+    return spread([b / a for a, b in itertools.pairwise(same)])

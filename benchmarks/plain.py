@@ -1,7 +1,7 @@
 """What one would write: MNIST with NumPy slices and one tf.function call a step.
 
-The tutorial loop of TensorFlow's guides, with the model, optimizer, batch and seed of jobs/mnist.py.
-It says when its first step was done and how fast the later ones were; nothing else is timed.
+The tutorial loop of TensorFlow's guides, with model, optimizer and batch of jobs/mnist.py. It says
+when its first step was done and how fast the later ones were; nothing else is timed.
 """
 
 from __future__ import annotations

@@ -101,9 +101,10 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         for notice in [*notices, *run_checks(plan)]:
             screen.notice(notice)
         _write_plan(plan, overrides)
-        group = _make_group(config, zygote, screen)
+        signals: list[int] = []
+        group = _make_group(config, zygote, screen, signals)
         stack.callback(group.close)
-        return _Run(plan, past, overrides, group, screen, start).run()
+        return _Run(plan, past, overrides, group, screen, signals, start).run()
 
 
 def sync(run: str, cwd: Path) -> ExitCode:
@@ -146,7 +147,9 @@ def _join_cluster(config: RunConfig) -> Any:
     return connect(config.cluster)
 
 
-def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> WorkerGroup:
+def _make_group(
+    config: RunConfig, zygote: Zygote | None, screen: Screen, signals: list[int]
+) -> WorkerGroup:
     if config.cluster.name is ClusterName.inline:
         # This process becomes the worker's; TensorFlow reads these when it is imported.
         os.environ.update(TENSORFLOW_ENV)
@@ -160,7 +163,7 @@ def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> Wor
         ):
             from orchestrator.train.worker import run
 
-        return InlineGroup(run)
+        return InlineGroup(run, is_stopping=lambda: bool(signals))
     from orchestrator.control.ray_group import RayGroup
 
     return RayGroup(config.cluster, zygote=zygote, timed=screen.timed)
@@ -205,6 +208,7 @@ class _Run:
         overrides: list[str],
         group: WorkerGroup,
         screen: Screen,
+        signals: list[int],
         start: float,
     ):
         self._plan = plan
@@ -212,7 +216,7 @@ class _Run:
         self._screen = screen
         self._start = start
         self._tally = _Tally()
-        self._signals: list[int] = []
+        self._signals = signals
         facts = make_facts(plan, mask_overrides(overrides))
         if plan.config.tracking.required:
             check(facts)

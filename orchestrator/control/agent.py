@@ -95,7 +95,7 @@ class Agent:
             self._zygote = str(launcher.node_zygote(self._run))
 
     def reserve_port(self, first: int, last: int) -> int:
-        """Bind a port of the range and keep it until the worker's process is started.
+        """Bind a port of the range and keep it from others until the worker has ended.
 
         Raises:
             StartFailed: every port of the range is taken.
@@ -132,7 +132,7 @@ class Agent:
         Raises:
             StartFailed: there is no TensorFlow process to be had.
         """
-        self.kill()
+        self._end_process()
         self._last_heard = time.monotonic()
         self.warm_up()
         Path(log).parent.mkdir(parents=True, exist_ok=True)
@@ -182,12 +182,15 @@ class Agent:
 
     def kill(self) -> None:
         """End the worker's process; returns when it is gone."""
+        self._end_process()
+        self._release_port()
+
+    def _end_process(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
         with self._arrived:
             self._inbox = []
-        self._release_port()
 
     def _launch(self, launch: Launch, fds: tuple[int, ...]) -> Child:
         if self._use_fork:
@@ -212,7 +215,10 @@ class Agent:
             process = self._process
             silence = time.monotonic() - self._last_heard
             if process is not None and silence > self._driver_silence_s:
-                process.kill()
+                process.kill(
+                    f"was ended by its agent: the driver was silent for {silence:.0f} s "
+                    "(cluster.driver_silence_s)"
+                )
 
 
 class _Process:
@@ -224,6 +230,9 @@ class _Process:
         self._log = launch.log
         self._deliver = deliver
         self._killed = False
+        self._reason = ""
+        self._lock = threading.Lock()
+        self._has_ended = False
         self._message_fd, message_end = os.pipe()
         control_end, self._control_fd = os.pipe()
         try:
@@ -239,15 +248,21 @@ class _Process:
         self._thread.start()
 
     def request(self, request: Request) -> None:
-        if request is Request.STACKS:
-            self._child.signal(signal.SIGUSR1)
-            return
-        with contextlib.suppress(OSError):  # it has ended, and its death is on the way
-            os.write(self._control_fd, REQUEST_BYTES[request])
+        with self._lock:
+            if self._has_ended:
+                return
+            if request is Request.STACKS:
+                self._child.signal(signal.SIGUSR1)
+                return
+            with contextlib.suppress(OSError):  # it has ended, and its death is on the way
+                os.write(self._control_fd, REQUEST_BYTES[request])
 
-    def kill(self) -> None:
-        self._killed = True
-        self._child.signal(signal.SIGKILL)
+    def kill(self, reason: str = "") -> None:
+        """End the process; its death is told only if there is a reason for it."""
+        with self._lock:
+            if not self._has_ended:
+                self._killed, self._reason = not reason, reason
+                self._child.signal(signal.SIGKILL)
         self._thread.join()
 
     def _read(self) -> None:
@@ -271,9 +286,12 @@ class _Process:
         status = self._child.exit_status()
         if not spoken and not self._killed:
             self._deliver([self._death(status)])
-        os.close(self._message_fd)
-        os.close(self._control_fd)
-        self._child.close()
+        with self._lock:
+            # From here on the numbers of the descriptors may belong to something else.
+            self._has_ended = True
+            os.close(self._message_fd)
+            os.close(self._control_fd)
+            self._child.close()
 
     def _available(self) -> bytes | None:
         """Return what the pipe holds: nothing yet is None, its end is b""."""
@@ -287,7 +305,7 @@ class _Process:
             worker=self._worker,
             attempt=self._attempt,
             time=time.time(),
-            error=f"its process {describe_status(status)}",
+            error=f"its process {self._reason or describe_status(status)}",
             exit_status=status,
             log_path=str(self._log),
             log_tail=log_tail(self._log),

@@ -17,9 +17,15 @@ Run = Callable[[WorkerOrder, Callable[[Message], None], Callable[[], set[Request
 class InlineGroup:
     """One worker that runs in `poll`, on the main thread, and is watched by nobody."""
 
-    def __init__(self, run: Run):
-        """Make a group; `run` is the life of a worker, `orchestrator.train.worker.run`."""
+    def __init__(self, run: Run, is_stopping: Callable[[], bool] = lambda: False):
+        """Make a group.
+
+        Args:
+            run: the life of a worker, `orchestrator.train.worker.run`.
+            is_stopping: asked after each block, because nobody else runs while the worker does.
+        """
         self._run = run
+        self._is_stopping = is_stopping
         self._order: WorkerOrder | None = None
         self._plan: RunPlan | None = None
         self._requests: set[Request] = set()
@@ -68,4 +74,4 @@ class InlineGroup:
 
     def _pending(self) -> set[Request]:
         requests, self._requests = self._requests, set()
-        return requests
+        return requests | ({Request.SAVE_AND_STOP} if self._is_stopping() else set())

@@ -84,6 +84,8 @@ def decide(history: Sequence[Failure], config: RecoveryConfig) -> Retry | GiveUp
             return GiveUp(JobError, "it failed twice in the same way at the same step")
     failures = _without_progress(history)
     if failures > config.max_restarts:
+        if last.cause is Cause.job:
+            return GiveUp(JobError, "no restart is allowed (recovery.max_restarts)")
         never = not any(failure.made_steps for failure in history)
         reason = f"{config.max_restarts} restarts (recovery.max_restarts) brought no new checkpoint"
         return GiveUp(StartFailed if never else BudgetSpent, reason)

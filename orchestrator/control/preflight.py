@@ -61,7 +61,10 @@ def _folder_is_writable(plan: RunPlan) -> Finding | None:
 
 
 def _disk_has_space(plan: RunPlan) -> Finding | None:
-    free = shutil.disk_usage(plan.paths.root).free
+    try:
+        free = shutil.disk_usage(plan.paths.root).free
+    except OSError:
+        return None  # a folder that is not there is told by the check before
     if free >= _NEEDED_BYTES:
         return None
     return Finding(

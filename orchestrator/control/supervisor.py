@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.control.agent import log_tail
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.policy import Failure, GiveUp, Retry, decide
-from orchestrator.errors import ClusterError, StartFailed
+from orchestrator.errors import ClusterError, JobError, StartFailed
 from orchestrator.spec.messages import (
     Beacon,
     BlockDone,
@@ -66,7 +66,8 @@ class _Attempt:
         if isinstance(message, Ready):
             seen.host, seen.step, self.ready = message.host, message.start_step, True
         elif isinstance(message, Beacon):
-            seen.phase, seen.step = message.phase, message.step
+            # A beacon that was on its way while a block ended knows less.
+            seen.phase, seen.step = message.phase, max(seen.step, message.step)
         elif isinstance(message, BlockDone):
             seen.step = message.first_step + message.num_steps
             self.made_steps = True
@@ -154,7 +155,9 @@ class Supervisor:
 
     def _new_attempt(self, number: int, began_at: int) -> _Attempt:
         now = self._clock()
-        workers = {worker: _Seen(heard=now) for worker in range(self._plan.num_workers)}
+        workers = {
+            worker: _Seen(heard=now, step=began_at) for worker in range(self._plan.num_workers)
+        }
         return _Attempt(number, began_at, workers)
 
     def _attempt(self, attempt: _Attempt, restore_from: str | None) -> Outcome | None:
@@ -164,7 +167,10 @@ class Supervisor:
             self._group.start(self._plan, attempt.number, restore_from)
         except (ClusterError, StartFailed) as error:
             cause = Cause.start if isinstance(error, StartFailed) else Cause.cluster
-            attempt.failures.append(self._start_failure(attempt, cause, str(error)))
+            failure = self._start_failure(attempt, cause, str(error))
+            attempt.failures.append(failure)
+            if cause is Cause.start:
+                self._observe(failure)
             return None
         now = self._clock()
         for seen in attempt.workers.values():
@@ -203,7 +209,11 @@ class Supervisor:
         recovery = self._plan.config.recovery
         patience = recovery.step_patience_s if attempt.made_steps else recovery.start_patience_s
         now = self._clock()
-        silent = {w: seen for w, seen in attempt.workers.items() if now - seen.heard > patience}
+        silent = {
+            worker: seen
+            for worker, seen in attempt.workers.items()
+            if seen.ended is None and now - seen.heard > patience
+        }
         if not silent or attempt.failures:
             return
         worker = min(silent, key=lambda w: (silent[w].step, silent[w].heard))
@@ -211,9 +221,9 @@ class Supervisor:
         deadline = self._clock() + _STACKS_S
         while self._clock() < deadline and not attempt.failures:
             self._listen(attempt)
-        if attempt.failures:
-            return
         seen = attempt.workers[worker]
+        if attempt.failures or seen.heard > now:
+            return  # it was slow, and has spoken meanwhile
         paths, number = self._plan.paths, attempt.number
         phase = seen.phase.value if seen.phase else "starting"
         stall = Death(
@@ -235,6 +245,8 @@ class Supervisor:
             spoken = {failure.worker for failure in attempt.failures}
             if len(spoken) == self._plan.num_workers or _tells_all(attempt.failures):
                 return
+            if self._stops > 1:
+                raise Interrupted
             self._listen(attempt)
 
     def _bury(self, number: int) -> None:
@@ -249,10 +261,10 @@ class Supervisor:
         """Ask the policy; return to retry, raise to give up."""
         failure = self._failure(attempt)
         self._history.append(failure)
-        if self._stops:
-            decision: Retry | GiveUp = GiveUp(ClusterError, "it failed while stopping")
-        else:
-            decision = decide(self._history, self._plan.config.recovery)
+        decision = decide(self._history, self._plan.config.recovery)
+        if self._stops and isinstance(decision, Retry):
+            is_jobs = failure.cause is Cause.job
+            decision = GiveUp(JobError if is_jobs else ClusterError, "it failed while stopping")
         if isinstance(decision, GiveUp):
             raise decision.error(_story(failure, decision.reason))
         step = failure.checkpoint_step or 0

@@ -21,6 +21,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -43,8 +44,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--idle-s", type=float, default=30.0, help="exit when unused for so long")
     options = parser.parse_args(argv)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(options.socket)
+    # The name appears when it can be dialled, not a moment before.
+    listener.bind(f"{options.socket}.new")
     listener.listen(64)
+    os.rename(f"{options.socket}.new", options.socket)
     problem = _import_tensorflow()
     gc.collect()
     gc.freeze()  # children share these pages as long as the collector leaves them alone
@@ -53,7 +56,8 @@ def main(argv: list[str]) -> int:
         zygote.serve()
     finally:
         zygote.close()
-        Path(options.socket).unlink(missing_ok=True)
+        # The folder is the zygote's: nothing else lies in it but the lock of those who look for it.
+        shutil.rmtree(Path(options.socket).parent, ignore_errors=True)
     return 0
 
 
@@ -269,7 +273,10 @@ def _run_script(script: str) -> int:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
+        if leaving.code is None or isinstance(leaving.code, int):
+            return leaving.code or 0
+        print(leaving.code, file=sys.stderr)  # as Python itself does
+        return 1
     return 0
 
 

@@ -1,0 +1,44 @@
+"""What is told when Ray cannot be joined, or its nodes are not like the driver."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.control.agent import Agent
+from orchestrator.control.ray_group import _version_differences, _why_not_joined
+from orchestrator.errors import ExitCode
+
+
+def test_a_node_like_the_driver_differs_in_nothing() -> None:
+    here = Agent.describe_here()
+    assert _version_differences(here, {**here, "host": "elsewhere"}) == []
+
+
+def test_a_missing_package_and_another_python_are_named_with_the_node() -> None:
+    here = Agent.describe_here()
+    packages = {name: version for name, version in here["packages"].items() if name != "keras"}
+    node = {**here, "host": "host-2", "python": "3.12.1", "packages": packages}
+    keras = here["packages"]["keras"]
+    assert _version_differences(here, node) == [
+        f"host-2: Python 3.12.1, here {here['python']}",
+        f"host-2: keras is missing, here {keras}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("raised", "chatter", "told"),
+    [
+        (
+            "Version mismatch: The cluster was started with:\n    Ray: 2.9.0",
+            "",
+            "runs other versions",
+        ),
+        ("Failed to connect to Ray", "W Unauthenticated: InvalidAuthToken", "RAY_AUTH_TOKEN"),
+        ("Failed to connect to Ray", "", "ray start --head"),
+    ],
+    ids=["another-version", "wrong-token", "nobody"],
+)
+def test_failures_to_join_are_told_apart(raised: str, chatter: str, told: str) -> None:
+    error = _why_not_joined("10.0.0.1:6379", RuntimeError(raised), chatter)
+    assert told in str(error) and "10.0.0.1:6379" in str(error)
+    assert error.exit_code is ExitCode.CLUSTER_FAILED
