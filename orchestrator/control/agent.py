@@ -95,7 +95,9 @@ class Agent:
             self._zygote = str(launcher.node_zygote(self._run))
 
     def reserve_port(self, first: int, last: int) -> int:
-        """Bind a port of the range and keep it from others until the worker has ended.
+        """Bind a port of the range and keep it from others until the worker is started.
+
+        TensorFlow's server shares its port with nobody, so it is let go just before.
 
         Raises:
             StartFailed: every port of the range is taken.
@@ -103,11 +105,7 @@ class Agent:
         self._release_port()
         for port in range(first, last + 1):
             reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            # TensorFlow's server sets the same option, so it can bind the port while this
-            # socket, which never listens, keeps it from everybody else.
-            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             try:
-                _refuse_taken(port)
                 reserved.bind(("", port))
             except OSError:
                 reserved.close()
@@ -135,6 +133,7 @@ class Agent:
         self._end_process()
         self._last_heard = time.monotonic()
         self.warm_up()
+        self._release_port()
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         launch = Launch(
             log=Path(log),
@@ -350,9 +349,3 @@ def log_tail(path: Path) -> str:
 
 def _own_paths(first: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*first, *sys.path]))
-
-
-def _refuse_taken(port: int) -> None:
-    """Raise OSError if anybody has the port, with or without SO_REUSEPORT."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", port))

@@ -196,6 +196,17 @@ def test_what_is_killed_on_purpose_is_no_death(agent: Agent, job_dir: Path) -> N
     assert agent.poll(0.0) == []
 
 
+def test_a_process_that_has_ended_by_itself_is_left_alone(agent: Agent, job_dir: Path) -> None:
+    plan = start(agent, job_dir, **WAITING)
+    os.kill(waiting_pid(plan), signal.SIGKILL)
+    heard_until(agent, Death)
+    # Its descriptors may belong to something else by now.
+    for request in Request:
+        agent.request(request)
+    agent.kill()
+    agent.kill()
+
+
 def test_a_second_start_ends_the_first_process(agent: Agent, job_dir: Path) -> None:
     first = waiting_pid(start(agent, job_dir, **WAITING))
     second = waiting_pid(start(agent, job_dir, attempt=2, **WAITING), attempt=2)

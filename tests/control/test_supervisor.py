@@ -450,3 +450,45 @@ def test_after_a_restart_patience_is_long_again(tmp_path: Path) -> None:
     second: list[Line] = [ready(), Silence(START_PATIENCE_S - 1), block(), ended()]
     desk = Desk(tmp_path, [ready(), block(), death()], second)
     assert desk.run() is Outcome.completed
+
+
+def test_a_worker_that_has_ended_is_not_blamed_for_the_others(tmp_path: Path) -> None:
+    script: list[Line] = [
+        [ready(0), ready(1), block(0), block(1), ended(1)],
+        *[line for _ in range(3) for line in (Silence(STEP_PATIENCE_S - 1), beacon(0))],
+        ended(0),
+    ]
+    assert Desk(tmp_path, script, workers=2, recovery__max_restarts=0).run() is Outcome.completed
+
+
+def test_a_worker_that_speaks_while_stacks_are_dumped_goes_on(tmp_path: Path) -> None:
+    script: list[Line] = [ready(), block(), Silence(STEP_PATIENCE_S + 1), block(0, 4), ended()]
+    desk = Desk(tmp_path, script, recovery__max_restarts=0)
+    assert desk.run() is Outcome.completed
+    assert desk.group.requests == [Request.STACKS]
+
+
+@pytest.mark.parametrize(("cause", "error"), [(Cause.storage, StorageError), (Cause.job, JobError)])
+def test_a_failure_while_stopping_is_told_as_what_it_is(
+    cause: Cause, error: type[OrchestratorError], tmp_path: Path
+) -> None:
+    stops: list[Desk] = []
+    script: list[Line] = [ready(), block(), lambda: stops[0].stop(), failed(cause=cause)]
+    stops.append(Desk(tmp_path, script))
+    stops[0].story(error)
+
+
+def test_a_death_before_ready_is_told_at_the_step_the_attempt_began_at(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [death()], checkpoint=saved(1200), recovery__max_restarts=0)
+    assert "at step 1,200" in desk.story()
+
+
+def test_a_late_beacon_does_not_take_a_step_back(tmp_path: Path) -> None:
+    script: list[Line] = [ready(), block(0, 0, 8), beacon(0, step=0), death()]
+    assert "at step 8" in Desk(tmp_path, script, recovery__max_restarts=0).story()
+
+
+def test_a_group_that_did_not_start_is_on_record(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, StartFailed("no process"), WELL)
+    assert desk.run() is Outcome.completed
+    assert any(getattr(message, "error", "") == "no process" for message in desk.told)
