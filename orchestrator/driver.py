@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.control.group import WorkerGroup
+from orchestrator.control.inline_group import InlineGroup
 from orchestrator.control.launcher import TENSORFLOW_ENV, Zygote, standard_error_in, start_zygote
 from orchestrator.control.preflight import run_checks
 from orchestrator.control.ray_settings import apply_ray_settings
@@ -28,14 +27,13 @@ from orchestrator.runs import (
     merge_overrides,
     read_overrides,
 )
-from orchestrator.screen import Screen, Summary
-from orchestrator.spec.config import DEFAULT_RUNS_DIR, PROJECT_DIR, flatten, load_config, to_yaml
+from orchestrator.screen import Screen
+from orchestrator.spec.config import PROJECT_DIR, flatten, load_config, to_yaml
 from orchestrator.spec.describe import describe, experiment_name, headline
 from orchestrator.spec.environment import inspect_environment
 from orchestrator.spec.host import local_host
 from orchestrator.spec.messages import (
     BlockDone,
-    Evaluated,
     Message,
     Outcome,
     to_record,
@@ -43,6 +41,7 @@ from orchestrator.spec.messages import (
 from orchestrator.spec.plan import RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.secrets import mask_overrides, mask_text
+from orchestrator.summary import Tally, summarise
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import read
 from orchestrator.track.mlflow_projection import Report, check
@@ -51,8 +50,6 @@ from orchestrator.track.record import Record
 from orchestrator.train import store
 
 _FINISH_DEADLINE_S = 60.0
-# MLflow's own default is the interface's port.
-_SERVE_PORT = 8080
 
 
 def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
@@ -101,10 +98,9 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         for notice in [*notices, *run_checks(plan)]:
             screen.notice(notice)
         _write_plan(plan, overrides)
-        signals: list[int] = []
-        group = _make_group(config, zygote, screen, signals)
+        group = _make_group(config, zygote, screen)
         stack.callback(group.close)
-        return _Run(plan, past, overrides, group, screen, signals, start).run()
+        return _Run(plan, past, overrides, group, screen, start).run()
 
 
 def sync(run: str, cwd: Path) -> ExitCode:
@@ -142,19 +138,15 @@ def _start_zygote(config: RunConfig, stack: ExitStack) -> Zygote | None:
 
 
 def _join_cluster(config: RunConfig) -> Any:
-    from orchestrator.control.ray_group import connect
+    from orchestrator.control.ray_join import join
 
-    return connect(config.cluster)
+    return join(config.cluster)
 
 
-def _make_group(
-    config: RunConfig, zygote: Zygote | None, screen: Screen, signals: list[int]
-) -> WorkerGroup:
+def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> WorkerGroup:
     if config.cluster.name is ClusterName.inline:
         # This process becomes the worker's; TensorFlow reads these when it is imported.
         os.environ.update(TENSORFLOW_ENV)
-        from orchestrator.control.inline_group import InlineGroup
-
         # What TensorFlow says while it is imported heeds no log level.
         with (
             screen.timed("importing TensorFlow"),
@@ -163,7 +155,7 @@ def _make_group(
         ):
             from orchestrator.train.worker import run
 
-        return InlineGroup(run, is_stopping=lambda: bool(signals))
+        return InlineGroup(run)
     from orchestrator.control.ray_group import RayGroup
 
     return RayGroup(config.cluster, zygote=zygote, timed=screen.timed)
@@ -176,28 +168,6 @@ def _write_plan(plan: RunPlan, overrides: list[str]) -> None:
     paths.overrides.write_text("".join(f"{line}\n" for line in mask_overrides(overrides)))
 
 
-@dataclass(slots=True)
-class _Tally:
-    """What the summary needs of all messages."""
-
-    steps: int = 0
-    timed_steps: int = 0
-    stepping_s: float = 0.0
-    last_step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def observe(self, message: Message) -> None:
-        if isinstance(message, BlockDone) and message.worker == 0:
-            # The first block of an attempt traces: its time says nothing about the speed.
-            if self.steps and message.num_steps > 1:
-                self.timed_steps += message.num_steps
-                self.stepping_s += message.wall_s
-            self.steps += message.num_steps
-            self.last_step = message.first_step + message.num_steps
-        elif isinstance(message, Evaluated):
-            self.metrics = {f"eval/{name}": value for name, value in message.metrics.items()}
-
-
 class _Run:
     """A run while this driver holds it: record, supervisor and screen wired together."""
 
@@ -208,15 +178,15 @@ class _Run:
         overrides: list[str],
         group: WorkerGroup,
         screen: Screen,
-        signals: list[int],
         start: float,
     ):
         self._plan = plan
         self._past = past
         self._screen = screen
         self._start = start
-        self._tally = _Tally()
-        self._signals = signals
+        self._tally = Tally()
+        self._signals: list[int] = []
+        self._group = group
         facts = make_facts(plan, mask_overrides(overrides))
         if plan.config.tracking.required:
             check(facts)
@@ -238,7 +208,7 @@ class _Run:
         status, cause = "FAILED", "the driver failed"
         try:
             self._install_signals()
-            outcome = self._supervisor.run()
+            outcome = self._supervise()
             status = "FINISHED" if outcome is Outcome.completed else "KILLED"
             cause = "" if outcome is Outcome.completed else "stopped"
             self._check_proof(outcome)
@@ -253,6 +223,11 @@ class _Run:
         if status == "FINISHED":
             return ExitCode.DONE
         return ExitCode.TERMINATED if self._last_signal == signal.SIGTERM else ExitCode.INTERRUPTED
+
+    def _supervise(self) -> Outcome:
+        if isinstance(self._group, InlineGroup):
+            return self._group.serve(self._supervisor.run)
+        return self._supervisor.run()
 
     @property
     def _last_signal(self) -> int | None:
@@ -331,30 +306,13 @@ class _Run:
             return self._record.end(status, cause, _FINISH_DEADLINE_S)
 
     def _summarise(self, status: str, report: Report) -> None:
-        tally, plan = self._tally, self._plan
         if report.missing:
             self._screen.notice(
                 f"MLflow lacks the last records ({report.missing}); when it is back: "
-                f"orchestrator runs sync {plan.paths.root}"
+                f"orchestrator runs sync {self._plan.paths.root}"
             )
-        speed = None
-        if tally.stepping_s > 0:
-            batch = plan.config.train.global_batch_size
-            speed = tally.timed_steps * batch / tally.stepping_s
-        finished = status == "FINISHED"
-        exported = finished and plan.config.export.enabled
-        title = "finished" if finished else f"stopped at step {tally.last_step:,}"
-        self._screen.finish(
-            Summary(
-                title=title,
-                metrics=tally.metrics,
-                steps=tally.steps,
-                wall_s=time.monotonic() - self._start,
-                examples_per_s=speed,
-                model=report.model_uri or (str(plan.paths.export_dir) if exported else None),
-                commands=_commands(plan, report.url, finished, exported),
-            )
-        )
+        wall_s = time.monotonic() - self._start
+        self._screen.finish(summarise(self._plan, self._tally, status, report, wall_s))
 
 
 def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
@@ -379,32 +337,3 @@ def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
             "orchestrator.tracking_uri": mask_text(plan.tracking_uri),
         },
     )
-
-
-def _commands(
-    plan: RunPlan, url: str | None, finished: bool, exported: bool
-) -> list[tuple[str, str]]:
-    """Return what can be done next: a word and a command to copy."""
-    job, runs_dir = plan.config.job.name, plan.config.runs_dir
-    folder = "" if runs_dir == DEFAULT_RUNS_DIR else f"runs_dir={runs_dir} "
-    own = "".join(f"--config-dir={path} " for path in plan.config.code_dirs[1:])
-    commands = [("review", url or _make("ui", folder))]
-    if exported:
-        folder_of_model, here = plan.paths.mlflow_model_dir, Path.cwd()
-        if folder_of_model.is_relative_to(here):
-            folder_of_model = folder_of_model.relative_to(here)
-        model = shlex.quote(str(folder_of_model))
-        # MLflow starts uvicorn from the PATH.
-        serve = f"mlflow models serve --env-manager local -p {_SERVE_PORT} -m {model}"
-        commands.append(("serve", f'PATH="$PWD/.venv/bin:$PATH" {serve}'))
-    resume = f"{own}{folder}resume={plan.run}"
-    if finished and plan.config.train.steps is not None:
-        resume += f" train.steps={2 * plan.config.train.steps}"
-    elif finished and plan.config.train.epochs is not None:
-        resume += f" train.epochs={2 * plan.config.train.epochs:g}"
-    commands.append(("train on" if finished else "resume", _make(f"train conf={job}", resume)))
-    return commands
-
-
-def _make(target: str, args: str) -> str:
-    return f'make {target} args="{args.strip()}"' if args else f"make {target}"

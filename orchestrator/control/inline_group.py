@@ -3,61 +3,93 @@
 from __future__ import annotations
 
 import math
+import queue
 import sys
-import time
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from orchestrator.control.agent import Agent
 from orchestrator.spec.messages import Message, Request, WorkerOrder
 from orchestrator.spec.plan import RunPlan
 
 Run = Callable[[WorkerOrder, Callable[[Message], None], Callable[[], set[Request]]], int]
+Result = TypeVar("Result")
 
 
 class InlineGroup:
-    """One worker that runs in `poll`, on the main thread, and is watched by nobody."""
+    """One worker that has the main thread, while its supervisor runs in a thread beside it.
 
-    def __init__(self, run: Run, is_stopping: Callable[[], bool] = lambda: False):
-        """Make a group.
+    A debugger may hold the worker for as long as it likes: nobody can end it from outside.
+    """
+
+    def __init__(self, run: Run):
+        """Make a group; `run` is the life of a worker, `orchestrator.train.worker.run`."""
+        self._run = run
+        self._plan: RunPlan | None = None
+        self._orders: queue.SimpleQueue[WorkerOrder | None] = queue.SimpleQueue()
+        self._told: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def serve(self, supervise: Callable[[], Result]) -> Result:
+        """Run a supervisor in a thread, and here, one after another, the workers it starts.
 
         Args:
-            run: the life of a worker, `orchestrator.train.worker.run`.
-            is_stopping: asked after each block, because nobody else runs while the worker does.
+            supervise: what starts workers in this group and polls it.
+
+        Returns:
+            What `supervise` returns; what it raises is raised here.
         """
-        self._run = run
-        self._is_stopping = is_stopping
-        self._order: WorkerOrder | None = None
-        self._plan: RunPlan | None = None
-        self._requests: set[Request] = set()
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(supervise())
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                self._orders.put(None)
+
+        threading.Thread(target=run, name="supervisor", daemon=True).start()
+        while (order := self._orders.get()) is not None:
+            try:
+                self._run(order, self._told.put, lambda: set(_drained(self._asked)))
+            finally:
+                self._idle.set()
+        return future.result()
 
     def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
-        """Remember what to run: it runs when it is polled."""
-        self._requests = set()
+        """Let the main thread run the worker."""
         self._plan = plan
         sys.path[:0] = [path for path in plan.config.code_dirs if path not in sys.path]
-        self._order = WorkerOrder(
-            plan=plan,
-            worker=0,
-            attempt=attempt,
-            addresses=(),
-            visible_gpus="",
-            restore_from=restore_from,
+        _drained(self._asked)
+        self._idle.clear()
+        self._orders.put(
+            WorkerOrder(
+                plan=plan,
+                worker=0,
+                attempt=attempt,
+                addresses=(),
+                visible_gpus="",
+                restore_from=restore_from,
+            )
         )
 
     def poll(self, timeout_s: float) -> list[Message]:
-        """Run the worker to its end and return what it told; it looks frozen meanwhile."""
-        order, self._order = self._order, None
-        if order is None:
-            time.sleep(timeout_s)
+        """Return what the worker told, waiting for something at most so long."""
+        try:
+            first = self._told.get(timeout=timeout_s)
+        except queue.Empty:
             return []
-        told: list[Message] = []
-        self._run(order, told.append, self._pending)
-        return told
+        return [first, *_drained(self._told)]
 
     def request(self, request: Request) -> None:
-        """Note a request; stacks are what a debugger shows."""
+        """Ask the worker; stacks are what a debugger shows."""
         if request is not Request.STACKS:
-            self._requests.add(request)
+            self._asked.put(request)
 
     def prove_export(self) -> None:
         """Check the export in a process of its own, started afresh."""
@@ -67,11 +99,22 @@ class InlineGroup:
         agent.prove_export(str(paths.export_dir), str(paths.logs_dir / "export-proof.log"))
 
     def kill(self) -> None:
-        """Do nothing: what runs here has ended when anybody can ask."""
+        """Wait for the worker's end: nothing but itself can end it."""
+        self._idle.wait()
+        _drained(self._told)
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing: nothing outlives an attempt."""
 
-    def _pending(self) -> set[Request]:
-        requests, self._requests = self._requests, set()
-        return requests | ({Request.SAVE_AND_STOP} if self._is_stopping() else set())
+
+Item = TypeVar("Item")
+
+
+def _drained(items: queue.SimpleQueue[Item]) -> list[Item]:
+    """Return what is in a queue now."""
+    found = []
+    while True:
+        try:
+            found.append(items.get_nowait())
+        except queue.Empty:
+            return found

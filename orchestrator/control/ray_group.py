@@ -6,18 +6,11 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 from __future__ import annotations
 
 import math
-import os
 import pickle
-import re
-import signal
-import socket
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,22 +19,18 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.control.agent import Agent
-from orchestrator.control.launcher import Zygote, standard_error_in
+from orchestrator.control.launcher import Zygote
+from orchestrator.control.ray_join import LOOPBACK, first_line, join, start_local
 from orchestrator.errors import ClusterError, OrchestratorError, StartFailed
 from orchestrator.spec.messages import Death, Message, Request, WorkerOrder
-from orchestrator.spec.plan import Host, RunPlan
+from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterConfig, ClusterName, StrategyName
 
 Timed = Callable[[str], AbstractContextManager[Any]]
 
 _LONG_POLL_S = 1.0
 _KILL_TIMEOUT_S = 5.0
-_CONNECT_TIMEOUT_S = 5.0
 _PROOF_TIMEOUT_S = 300.0
-_LOOPBACK = "127.0.0.1"
-_PROJECT_DIR = str(Path(__file__).resolve().parents[2])
-# What an upload to other nodes leaves behind.
-_NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
 _SAME_EVERYWHERE = ("tensorflow", "keras", "ray", "numpy")
 
 
@@ -173,20 +162,10 @@ class RayGroup:
         return [self._seats[worker] for worker in sorted(self._seats)]
 
     def _initialise(self, plan: RunPlan) -> None:
-        if not self._is_local:
-            connect(self._config)
-            return
-        gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
-        with _signal_handlers_kept():
-            ray.init(
-                address="local",
-                num_cpus=plan.num_workers * plan.cpus_per_worker,
-                num_gpus=gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                _node_ip_address=_LOOPBACK,
-            )
+        if self._is_local:
+            start_local(plan)
+        else:
+            join(self._config)
 
     def _place(self, plan: RunPlan) -> None:
         if self._placement is not None:
@@ -248,7 +227,7 @@ class RayGroup:
         if plan.config.strategy.name is StrategyName.multi_worker:
             first, last = map(int, self._config.port_range.split("-"))
             ports = self._reserve_ports(first, last)
-            hosts = [_LOOPBACK if self._is_local else seat.node["ip"] for seat in self._ordered]
+            hosts = [LOOPBACK if self._is_local else seat.node["ip"] for seat in self._ordered]
             addresses = tuple(f"{host}:{port}" for host, port in zip(hosts, ports, strict=True))
         starting = []
         for seat in self._ordered:
@@ -286,7 +265,7 @@ class RayGroup:
             worker=seat.worker,
             attempt=self._attempt,
             time=time.time(),
-            error=f"its agent on {seat.node.get('host', '?')} is gone: {_first_line(error)}",
+            error=f"its agent on {seat.node.get('host', '?')} is gone: {first_line(error)}",
             exit_status=None,
             log_path=str(log),
             log_tail="",
@@ -304,104 +283,9 @@ class RayGroup:
         except RayTaskError as error:
             if isinstance(error.cause, OrchestratorError):
                 raise error.cause from None
-            raise StartFailed(f"an agent failed: {_first_line(error.cause)}") from error
+            raise StartFailed(f"an agent failed: {first_line(error.cause)}") from error
         except RayError as error:
-            raise StartFailed(f"an agent could not start: {_first_line(error)}") from error
-
-
-def connect(config: ClusterConfig) -> Host:
-    """Join an existing Ray cluster and tell what each of its nodes offers.
-
-    Raises:
-        ClusterError: nothing answers at the address, the token is missing or wrong, or the cluster
-            runs another version of Ray or Python.
-    """
-    if not ray.is_initialized():
-        address = config.address or "auto"
-        _dial(address)
-        _join(address)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    others = [node for node in nodes if node["NodeManagerAddress"] not in _own_addresses()]
-    if others and "RAY_JOB_ID" not in os.environ and not _has_upload():
-        # Other nodes do not see this checkout; a submitted job has brought its own upload.
-        ray.shutdown()
-        _join(config.address or "auto", upload=_PROJECT_DIR)
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
-    gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
-    return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(gpus, default=0))
-
-
-def _join(address: str, upload: str | None = None) -> None:
-    environment = {"working_dir": upload, "excludes": _NOT_UPLOADED} if upload else None
-    with tempfile.TemporaryFile() as chatter:
-        try:
-            with _signal_handlers_kept(), standard_error_in(chatter):
-                ray.init(
-                    address=address,
-                    log_to_driver=False,
-                    configure_logging=False,
-                    runtime_env=environment,
-                )
-        except Exception as error:
-            chatter.seek(0)
-            raise _why_not_joined(address, error, chatter.read().decode()) from error
-
-
-def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterError:
-    """Tell apart what Ray calls a failed connection; its core says more on standard error."""
-    text = f"{error}\n{chatter}"
-    if "ersion mismatch" in text:
-        return ClusterError(
-            f"the Ray cluster at {address} runs other versions: {_first_line(error)}; this is Ray "
-            f"{ray.__version__} on Python {sys.version.split()[0]}"
-        )
-    if re.search("token|unauthenticated", text, re.IGNORECASE):
-        return ClusterError(
-            f"the Ray cluster at {address} does not take the token, or there is none; set "
-            "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
-        )
-    return ClusterError(
-        f"no Ray cluster at cluster.address={address}: {_first_line(error)}; start one with "
-        "`ray start --head`, name another address, or use cluster=local"
-    )
-
-
-@contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Put signal handlers back: Ray's core takes SIGTERM, in C++, and dies of it (Ray 2.60)."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def _dial(address: str) -> None:
-    """Find out within seconds whether anything listens; Ray itself tries for much longer."""
-    host, colon, port = address.rpartition(":")
-    if address == "auto" or not colon:
-        return
-    if "://" in address or not port.isdigit():
-        raise ClusterError(
-            f"cluster.address={address} is not auto or host:port; name the port of the head's GCS, "
-            "6379 unless it was started otherwise"
-        )
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ClusterError(
-            f"nothing answers at cluster.address={address}: {error}; start Ray there with "
-            f"`ray start --head --port={port}`, or use cluster=local"
-        ) from error
-
-
-def _own_addresses() -> set[str]:
-    return {_LOOPBACK, "localhost", ray.util.get_node_ip_address()}
-
-
-def _has_upload() -> bool:
-    return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
+            raise StartFailed(f"an agent could not start: {first_line(error)}") from error
 
 
 def _bundle(plan: RunPlan) -> dict[str, float]:
@@ -442,8 +326,3 @@ def _version_differences(own: dict[str, Any], node: dict[str, Any]) -> list[str]
         for name, mine, theirs in pairs
         if mine != theirs
     ]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.control.agent import log_tail
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.policy import Failure, GiveUp, Retry, decide
+from orchestrator.control.worker_process import log_tail
 from orchestrator.errors import ClusterError, JobError, StartFailed
 from orchestrator.spec.messages import (
     Beacon,
@@ -26,6 +26,7 @@ from orchestrator.spec.messages import (
     Request,
 )
 from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import ClusterName
 
 _POLL_S = 0.2
 # After the first failure: how long the other workers may take to tell their story.
@@ -206,6 +207,8 @@ class Supervisor:
 
     def _watch(self, attempt: _Attempt) -> None:
         """Turn silence beyond patience into a death of the worker that is behind."""
+        if self._plan.config.cluster.name is ClusterName.inline:
+            return  # a debugger may hold it
         recovery = self._plan.config.recovery
         patience = recovery.step_patience_s if attempt.made_steps else recovery.start_patience_s
         now = self._clock()

@@ -15,7 +15,8 @@ from orchestrator.spec.schema import Precision, StrategyName
 
 _DIAL_INTERVAL_S = 0.02
 # A peer that stops answering is reported after this long; with the default, 9 to 24 s.
-_HEARTBEAT_TIMEOUT_MS = 2_000
+_HEARTBEAT_TIMEOUT_MS = 5_000
+_KERAS_EPSILON = 1e-7  # Keras's own default
 
 
 def configure_devices(order: WorkerOrder) -> list[str]:
@@ -50,6 +51,24 @@ def configure_devices(order: WorkerOrder) -> list[str]:
                 f"device(s), the plan wants {plan.devices_per_worker}; start a new process"
             ) from error
     return [f"{plan.device_kind}:{index}" for index in range(plan.devices_per_worker)]
+
+
+def overrule_keras_settings() -> str:
+    """Put back what a keras.json in somebody's home changes; return what to tell about it.
+
+    The backend is given to the process in its environment, precision comes from the plan.
+    """
+    layout, epsilon = keras.config.image_data_format(), keras.config.epsilon()
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_epsilon(_KERAS_EPSILON)
+    found = []
+    if layout != "channels_last":
+        found.append(f"image_data_format={layout}")
+    if epsilon != _KERAS_EPSILON:
+        found.append(f"epsilon={epsilon:g}")
+    if not found:
+        return ""
+    return f"keras.json sets {', '.join(found)}, which is not honoured: say it in the model"
 
 
 def _check_gpus(order: WorkerOrder) -> None:

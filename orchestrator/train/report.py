@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tensorflow as tf
 
@@ -21,6 +21,7 @@ from orchestrator.errors import (
     StorageError,
 )
 from orchestrator.spec.messages import Beacon, Cause, Failed, Message, Phase, WorkerOrder
+from orchestrator.spec.schema import ClusterName
 
 _CAUSES: dict[type[OrchestratorError], Cause] = {
     JobError: Cause.job,
@@ -54,6 +55,16 @@ class Reporter:
         self.clock = time.monotonic
         self._order = order
         self._send = send
+        # A process of its own has its output in its log; inline the terminal is the driver's.
+        self._log: IO[str] | None = None
+        if order.plan.config.cluster.name is ClusterName.inline:
+            path = order.plan.paths.worker_log(order.attempt, order.worker)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = path.open("a", buffering=1)
+
+    def log(self, text: str) -> None:
+        """Write into the worker's log."""
+        print(text, file=self._log, flush=True)
 
     def tell(self, kind: type[Message], **fields: Any) -> None:
         """Send a message; worker, attempt and time are filled in."""
@@ -63,7 +74,7 @@ class Reporter:
     def enter(self, phase: Phase, detail: str = "") -> None:
         """Say that a phase begins; also a line in the worker's log."""
         self.phase = phase
-        print(f"{phase.value}{': ' if detail else ''}{detail}", flush=True)
+        self.log(f"{phase.value}{': ' if detail else ''}{detail}")
         self.tell(Beacon, phase=phase, step=self.step, detail=detail)
 
     def progress(self, detail: str) -> None:
@@ -73,7 +84,7 @@ class Reporter:
     def failed(self, error: BaseException) -> None:
         """Tell the whole story of an error: cause, the user's own frame, traceback."""
         text = "".join(traceback.format_exception(error))
-        print(text, flush=True)
+        self.log(text)
         self.tell(
             Failed,
             step=self.step,

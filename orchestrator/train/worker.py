@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import socket
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from orchestrator.spec.plan import RunPlan
 from orchestrator.train import datasets
 from orchestrator.train.checkpoint import Saver, named_variables, restore
 from orchestrator.train.data import Feeder, Order, make_shards
-from orchestrator.train.devices import build_strategy, configure_devices
+from orchestrator.train.devices import build_strategy, configure_devices, overrule_keras_settings
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.export import export_model
 from orchestrator.train.job import Job, translated
@@ -70,12 +71,16 @@ def run(
 def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Request]]) -> None:
     plan, is_chief = order.plan, order.worker == 0
     devices = configure_devices(order)
+    overruled = overrule_keras_settings()
+    if is_chief and overruled:
+        reporter.tell(Notice, text=overruled)
     reporter.enter(Phase.connecting, ", ".join(devices))
     strategy = build_strategy(order, devices)
 
     reporter.enter(Phase.loading_data)
     datasets.set_reporter(reporter.progress, lambda text: reporter.tell(Notice, text=text))
     job = load_job(plan)
+    reporter.log(f"job {plan.config.job.class_name} from {inspect.getfile(type(job))}")
     train_source = load_source(job, plan, Split.TRAIN)
     eval_source = load_source(job, plan, Split.EVAL) if plan.eval_steps else None
     for split, source in ((Split.TRAIN, train_source), (Split.EVAL, eval_source)):
@@ -164,7 +169,6 @@ def load_job(plan: RunPlan) -> Job:
     config = plan.config.job
     module_name, _, class_name = config.class_name.rpartition(".")
     module = importlib.import_module(module_name)
-    print(f"job {config.class_name} from {module.__file__}", flush=True)
     job_class = getattr(module, class_name, None)
     if not (isinstance(job_class, type) and issubclass(job_class, Job)):
         raise JobError(
@@ -272,11 +276,10 @@ def _tell_ready(
     start_step: int,
 ) -> None:
     plan = order.plan
-    print(
+    reporter.log(
         f"worker {order.worker} of {plan.num_workers}: {', '.join(devices)}, "
         f"{plan.cpus_per_worker} CPU thread(s), "
-        f"CUDA_VISIBLE_DEVICES={order.visible_gpus!r}, {plan.config.strategy.name.value}",
-        flush=True,
+        f"CUDA_VISIBLE_DEVICES={order.visible_gpus!r}, {plan.config.strategy.name.value}"
     )
     replicas = plan.worker_replicas(order.worker)
     reporter.tell(

@@ -96,6 +96,15 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: 
     assert sum(rig.ledger(run, attempt) for attempt in (1, 2)) % 2**64 == rig.ledger(whole.run)
 
 
+def test_ctrl_c_saves_when_the_worker_has_the_main_thread(tmp_path: Path) -> None:
+    process = rig.start("train", *rig.JOB, *SLOW, "cluster=inline", cwd=tmp_path)
+    run = rig.wait_for_step(tmp_path, 8)
+    rig.interrupt(process)
+    ended = rig.finish(process, tmp_path)
+    assert ended.code == 130, ended.out
+    assert newest_valid(run.checkpoints_dir).path is not None
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_save_too(tmp_path: Path, number: signal.Signals) -> None:
     process = rig.start("train", *rig.JOB, *SLOW, cwd=tmp_path)

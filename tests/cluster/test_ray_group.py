@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.control.agent import Agent
-from orchestrator.control.ray_group import _version_differences, _why_not_joined
+from orchestrator.control.ray_group import _version_differences
+from orchestrator.control.ray_join import _why_not_joined
 from orchestrator.errors import ExitCode
 
 

@@ -21,6 +21,9 @@ from orchestrator.track.mlflow_projection import sync
 from tests.cluster import rig
 from tests.cluster.conftest import answers, free_port
 from tests.cluster.rig import Ended
+from tests.train.conftest import four_devices
+
+__all__ = ["four_devices"]  # TensorFlow is split before it is used, for the folders that follow
 
 BIN = Path(sys.executable).parent
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.control.agent import Agent, describe_status, log_tail
+from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote
+from orchestrator.control.worker_process import describe_status, log_tail
 from orchestrator.errors import StartFailed
 from orchestrator.spec.messages import (
     BlockDone,
@@ -55,7 +56,8 @@ WAITING = {"job__class_name": "waiting_job.Waiting"}
 SILENT_DRIVER = """
 import sys
 from pathlib import Path
-from orchestrator.control.agent import Agent, log_tail
+from orchestrator.control.agent import Agent
+from orchestrator.control.worker_process import log_tail
 
 zygote, order, log, code_dir = sys.argv[1:]
 agent = Agent(0, "run", zygote=zygote, use_fork=True, driver_silence_s=0.5)

@@ -62,7 +62,7 @@ def test_a_run_holds_everything_the_journal_says(root: Path, facts: RunFacts) ->
     assert run.data.params == facts.params
     assert run.data.tags.items() >= {RUN_TAG: facts.run, **facts.tags}.items()
     (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.name, data.dataset.digest) == ("mnist train", "0123456789abcdef" * 2)
+    assert (data.dataset.name, data.dataset.digest) == ("mnist", "0123456789abcdef" * 2)
     client = mlflow.MlflowClient(facts.tracking_uri)
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
         "config.yaml",

@@ -1,0 +1,145 @@
+"""How the driver's process comes to Ray: it starts one, or joins one that exists.
+
+Call `ray_settings.apply_ray_settings` before this module is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from orchestrator.control.launcher import standard_error_in
+from orchestrator.errors import ClusterError
+from orchestrator.spec.plan import Host, RunPlan
+from orchestrator.spec.schema import ClusterConfig
+
+LOOPBACK = "127.0.0.1"
+_CONNECT_TIMEOUT_S = 5.0
+_PROJECT_DIR = str(Path(__file__).resolve().parents[2])
+# What an upload to other nodes leaves behind.
+_NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
+
+
+def start_local(plan: RunPlan) -> None:
+    """Start a Ray for one run, on loopback, with what the plan needs."""
+    gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
+    with _signal_handlers_kept():
+        ray.init(
+            address="local",
+            num_cpus=plan.num_workers * plan.cpus_per_worker,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _node_ip_address=LOOPBACK,
+        )
+
+
+def join(config: ClusterConfig) -> Host:
+    """Join an existing Ray cluster and tell what each of its nodes offers.
+
+    Raises:
+        ClusterError: nothing answers at the address, the token is missing or wrong, or the cluster
+            runs another version of Ray or Python.
+    """
+    if not ray.is_initialized():
+        address = config.address or "auto"
+        _dial(address)
+        _join(address)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    others = [node for node in nodes if node["NodeManagerAddress"] not in _own_addresses()]
+    if others and "RAY_JOB_ID" not in os.environ and not _has_upload():
+        # Other nodes do not see this checkout; a submitted job has brought its own upload.
+        ray.shutdown()
+        _join(config.address or "auto", upload=_PROJECT_DIR)
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
+    gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
+    return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(gpus, default=0))
+
+
+def _join(address: str, upload: str | None = None) -> None:
+    environment = {"working_dir": upload, "excludes": _NOT_UPLOADED} if upload else None
+    with tempfile.TemporaryFile() as chatter:
+        try:
+            with _signal_handlers_kept(), standard_error_in(chatter):
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    runtime_env=environment,
+                )
+        except Exception as error:
+            chatter.seek(0)
+            raise _why_not_joined(address, error, chatter.read().decode()) from error
+
+
+def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterError:
+    """Tell apart what Ray calls a failed connection; its core says more on standard error."""
+    text = f"{error}\n{chatter}"
+    if "ersion mismatch" in text:
+        return ClusterError(
+            f"the Ray cluster at {address} runs other versions: {first_line(error)}; this is Ray "
+            f"{ray.__version__} on Python {sys.version.split()[0]}"
+        )
+    if re.search("token|unauthenticated", text, re.IGNORECASE):
+        return ClusterError(
+            f"the Ray cluster at {address} does not take the token, or there is none; set "
+            "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+        )
+    return ClusterError(
+        f"no Ray cluster at cluster.address={address}: {first_line(error)}; start one with "
+        "`ray start --head`, name another address, or use cluster=local"
+    )
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Put signal handlers back: Ray's core takes SIGTERM, in C++, and dies of it (Ray 2.60)."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _dial(address: str) -> None:
+    """Find out within seconds whether anything listens; Ray itself tries for much longer."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto" or not colon:
+        return
+    if "://" in address or not port.isdigit():
+        raise ClusterError(
+            f"cluster.address={address} is not auto or host:port; name the port of the head's GCS, "
+            "6379 unless it was started otherwise"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"nothing answers at cluster.address={address}: {error}; start Ray there with "
+            f"`ray start --head --port={port}`, or use cluster=local"
+        ) from error
+
+
+def _own_addresses() -> set[str]:
+    return {LOOPBACK, "localhost", ray.util.get_node_ip_address()}
+
+
+def _has_upload() -> bool:
+    return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

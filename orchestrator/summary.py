@@ -1,0 +1,93 @@
+"""What a run says at its end: results, the model, and what can be done next."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.screen import Summary
+from orchestrator.spec.config import DEFAULT_RUNS_DIR
+from orchestrator.spec.messages import BlockDone, Evaluated, Message
+from orchestrator.spec.plan import RunPlan
+from orchestrator.track.mlflow_projection import Report
+
+# MLflow's own default is the interface's port.
+_SERVE_PORT = 8080
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the summary needs of all messages."""
+
+    steps: int = 0
+    timed_steps: int = 0
+    stepping_s: float = 0.0
+    last_step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def observe(self, message: Message) -> None:
+        if isinstance(message, BlockDone) and message.worker == 0:
+            # The first block of an attempt traces: its time says nothing about the speed.
+            if self.steps and message.num_steps > 1:
+                self.timed_steps += message.num_steps
+                self.stepping_s += message.wall_s
+            self.steps += message.num_steps
+            self.last_step = message.first_step + message.num_steps
+        elif isinstance(message, Evaluated):
+            self.metrics = {f"eval/{name}": value for name, value in message.metrics.items()}
+
+
+def summarise(plan: RunPlan, tally: Tally, status: str, report: Report, wall_s: float) -> Summary:
+    """Return what the screen shows last.
+
+    Args:
+        plan: of the run.
+        tally: of all its messages.
+        status: FINISHED or KILLED.
+        report: what has become of the record in MLflow.
+        wall_s: seconds since the command was given.
+    """
+    speed = None
+    if tally.stepping_s > 0:
+        speed = tally.timed_steps * plan.config.train.global_batch_size / tally.stepping_s
+    finished = status == "FINISHED"
+    exported = finished and plan.config.export.enabled
+    return Summary(
+        title="finished" if finished else f"stopped at step {tally.last_step:,}",
+        metrics=tally.metrics,
+        steps=tally.steps,
+        wall_s=wall_s,
+        examples_per_s=speed,
+        model=report.model_uri or (str(plan.paths.export_dir) if exported else None),
+        commands=_commands(plan, report.url, finished, exported),
+    )
+
+
+def _commands(
+    plan: RunPlan, url: str | None, finished: bool, exported: bool
+) -> list[tuple[str, str]]:
+    """Return what can be done next: a word and a command to copy."""
+    job, runs_dir = plan.config.job.name, plan.config.runs_dir
+    folder = "" if runs_dir == DEFAULT_RUNS_DIR else f"runs_dir={runs_dir} "
+    own = "".join(f"--config-dir={path} " for path in plan.config.code_dirs[1:])
+    commands = [("review", url or _make("ui", folder))]
+    if exported:
+        folder_of_model, here = plan.paths.mlflow_model_dir, Path.cwd()
+        if folder_of_model.is_relative_to(here):
+            folder_of_model = folder_of_model.relative_to(here)
+        model = shlex.quote(str(folder_of_model))
+        # MLflow starts uvicorn from the PATH.
+        serve = f"mlflow models serve --env-manager local -p {_SERVE_PORT} -m {model}"
+        commands.append(("serve", f'PATH="$PWD/.venv/bin:$PATH" {serve}'))
+    resume = f"{own}{folder}resume={plan.run}"
+    if finished and plan.config.train.steps is not None:
+        resume += f" train.steps={2 * plan.config.train.steps}"
+    elif finished and plan.config.train.epochs is not None:
+        resume += f" train.epochs={2 * plan.config.train.epochs:g}"
+    commands.append(("train on" if finished else "resume", _make(f"train conf={job}", resume)))
+    return commands
+
+
+def _make(target: str, args: str) -> str:
+    return f'make {target} args="{args.strip()}"' if args else f"make {target}"
