@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ from orchestrator.spec.messages import (
     Outcome,
     to_record,
 )
+from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.plan import RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.secrets import mask_overrides, mask_text
@@ -82,6 +84,8 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         host = _join_cluster(config) if is_joining else local_host()
         make_plan(config, run="checked", host=host, cwd=cwd)  # refused before there is a folder
         paths = past.paths if past is not None else create_run(config, cwd)
+        if past is None:
+            stack.callback(_discard_unused, paths)
         stack.callback(Lease(paths).release)
         plan = make_plan(config, run=paths.root.name, host=host, cwd=cwd)
         if past is not None:
@@ -91,6 +95,7 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
                 headline(plan),
                 total_steps=plan.total_steps,
                 global_batch_size=config.train.global_batch_size,
+                log=plan.paths.driver_log,
             )
         )
         if config.resume == "auto" and past is None:
@@ -101,6 +106,12 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         group = _make_group(config, zygote, screen)
         stack.callback(group.close)
         return _Run(plan, past, overrides, group, screen, start).run()
+
+
+def _discard_unused(paths: RunPaths) -> None:
+    """Remove the folder of a run that was refused before anything was on record."""
+    if not paths.journal.exists():
+        shutil.rmtree(paths.root, ignore_errors=True)
 
 
 def sync(run: str, cwd: Path) -> ExitCode:
@@ -216,6 +227,7 @@ class _Run:
             status, cause = "KILLED", "interrupted twice"
         except OrchestratorError as error:
             status, cause = "FAILED", str(error)
+            self._screen.keep(cause)
             raise
         finally:
             report = self._end(status, cause)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, cast
 
 from rich.console import Console, RenderableType
@@ -18,6 +19,7 @@ from rich.text import Text
 from orchestrator.screen_state import Line, ScreenState, Tone, WorkerRow, progress_text
 from orchestrator.spec.messages import Message, Phase
 from orchestrator.terminal import (
+    LogFile,
     SafeStream,
     can_draw,
     duration,
@@ -78,6 +80,7 @@ class Screen:
         total_steps: int,
         global_batch_size: int,
         stream: IO[str] | None = None,
+        log: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         width: int | None = None,
         refresh: bool = True,
@@ -89,11 +92,13 @@ class Screen:
             total_steps: the last step of the run.
             global_batch_size: examples a step.
             stream: where to write; None for standard output.
+            log: a file that gets every line too, with the time.
             clock: seconds from any origin.
             width: columns; None asks the terminal.
             refresh: call `tick` from a thread; tests call it themselves.
         """
         self._stream = SafeStream(sys.stdout if stream is None else stream)
+        self._log = LogFile(log)
         drawing = can_draw(self._stream, os.environ)
         self._console = Console(
             file=cast("IO[str]", self._stream),
@@ -140,6 +145,10 @@ class Screen:
             live, self._live = self._live, None
             if live is not None:
                 live.stop()
+
+    def keep(self, text: str) -> None:
+        """Write something into the log that is shown elsewhere."""
+        self._log.write(text)
 
     def phase(self, name: str, detail: str = "") -> None:
         """Show that the driver is doing something; several phases may run at once."""
@@ -211,6 +220,7 @@ class Screen:
 
     def _put(self, text: str, style: str) -> None:
         # A path or an address that is broken over lines cannot be copied.
+        self._log.write(text)
         whole = any(len(word) > 20 and "/" in word for word in text.split())
         self._console.print(Text(printable(text), style=style), soft_wrap=whole)
 

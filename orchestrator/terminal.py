@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
 from typing import IO
 
 # What replaces the few signs beyond ASCII where the terminal cannot show them.
@@ -106,3 +109,21 @@ def figure(value: float) -> str:
 def metrics_text(prefix: str, metrics: Mapping[str, float]) -> str:
     """Return metrics on one line, each with its prefix."""
     return "  ".join(f"{prefix}{name} {figure(value)}" for name, value in metrics.items())
+
+
+class LogFile:
+    """Lines with the time they were written; a disk that is full drops them and no more."""
+
+    def __init__(self, path: Path | None):
+        """Append to `path`; None writes nowhere."""
+        self._path = path
+
+    def write(self, text: str) -> None:
+        """Append each line of a text."""
+        if self._path is None:
+            return
+        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{now} {printable(line)}\n" for line in text.splitlines())

@@ -22,6 +22,8 @@ SLOW = ("job.args.delay_ms=20", "train.max_block_steps=4", "train.steps=160")
 def test_a_run_leaves_everything_that_is_promised(one_device: Ended) -> None:
     assert one_device.code == 0, one_device.out
     run = one_device.run
+    assert "eval/accuracy" in run.driver_log.read_text()
+    assert "finished: 120 steps" in run.driver_log.read_text()
     for path in (run.config, run.plan, run.overrides, run.journal, run.proof, run.saved_model_dir):
         assert path.exists(), path
     assert run.worker_log(1, 0).stat().st_size > 0
