@@ -11,9 +11,11 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -24,6 +26,9 @@ from orchestrator.spec.schema import ClusterConfig
 
 LOOPBACK = "127.0.0.1"
 _CONNECT_TIMEOUT_S = 5.0
+_REGISTRATION_TIMEOUT_S = 30.0
+_LOOK_INTERVAL_S = 0.02
+_UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
 _PROJECT_DIR = str(Path(__file__).resolve().parents[2])
 # What an upload to other nodes leaves behind.
 _NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
@@ -32,7 +37,7 @@ _NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cac
 def start_local(plan: RunPlan) -> None:
     """Start a Ray for one run, on loopback, with what the plan needs."""
     gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
-    with _signal_handlers_kept():
+    with _signal_handlers_kept(), _without_services(), _short_looks():
         ray.init(
             address="local",
             num_cpus=plan.num_workers * plan.cpus_per_worker,
@@ -99,6 +104,56 @@ def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterErro
         f"no Ray cluster at cluster.address={address}: {first_line(error)}; start one with "
         "`ray start --head`, name another address, or use cluster=local"
     )
+
+
+@contextmanager
+def _without_services() -> Iterator[None]:
+    """Leave out what a Ray for one run has no use for: autoscaler, job server and log streamer.
+
+    Each is a Python process that takes half a second of CPU just when TensorFlow is imported, and
+    `ray.init` of Ray 2.60 has no argument for it (`_private/node.py`). Another Ray, without these
+    names, starts with all of them.
+    """
+    from ray._private.node import Node
+
+    kept = {name: getattr(Node, name) for name in _UNUSED_SERVICES if hasattr(Node, name)}
+    for name in kept:
+        setattr(Node, name, lambda self, *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(Node, name, method)
+
+
+@contextmanager
+def _short_looks() -> Iterator[None]:
+    """Look every few milliseconds whether the raylet has registered.
+
+    Ray 2.60 looks once, then sleeps a whole second (GlobalStateAccessor::GetNode, called by
+    `_private/node.py`); a raylet takes 0.7 to 1.5 s, so every start would lose up to that second.
+    Another Ray, without these names, starts as it does.
+    """
+    from ray._private import services
+
+    ask = getattr(services, "get_node", None)
+    if ask is None:
+        yield
+        return
+
+    def wait_and_ask(gcs_address: str, node_id: str) -> Any:
+        with suppress(Exception):
+            gcs = ray._raylet.GcsClient(address=gcs_address)
+            deadline = time.monotonic() + _REGISTRATION_TIMEOUT_S
+            while time.monotonic() < deadline and not gcs.get_all_node_info(timeout=1):
+                time.sleep(_LOOK_INTERVAL_S)
+        return ask(gcs_address, node_id)
+
+    services.get_node = wait_and_ask
+    try:
+        yield
+    finally:
+        services.get_node = ask
 
 
 @contextmanager
