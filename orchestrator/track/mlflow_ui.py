@@ -49,6 +49,9 @@ def open_ui(uri: str, artifact_root: str, port: int | None, experiment: str | No
     address = f"http://{_HOST}:{port}"
     link = _link(address, uri, experiment)
     log = database.parent / "mlflow-ui.log"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # However this ends, the server ends with it.
+        signal.signal(number, signal.default_int_handler)
     server = _start(_command(uri, artifact_root, port), log)
     try:
         _await(server, address, log)
