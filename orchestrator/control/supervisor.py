@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from orchestrator.control.group import WorkerGroup
@@ -31,6 +32,8 @@ from orchestrator.spec.schema import ClusterName
 _POLL_S = 0.2
 # After the first failure: how long the other workers may take to tell their story.
 _STORY_S = 1.5
+# Lines of a worker's log that are told after an error of its own, which ends with them.
+_TOLD_LINES = 4
 # How long dumping Python stacks may take before the stalled group is ended.
 _STACKS_S = 0.5
 
@@ -269,7 +272,12 @@ class Supervisor:
             is_jobs = failure.cause is Cause.job
             decision = GiveUp(JobError if is_jobs else ClusterError, "it failed while stopping")
         if isinstance(decision, GiveUp):
-            raise decision.error(_story(failure, decision.reason))
+            story = _story(failure, decision.reason)
+            if failure.checkpoint_step:
+                story += (
+                    f"\nit can go on from step {failure.checkpoint_step:,}: resume={self._plan.run}"
+                )
+            raise decision.error(story)
         step = failure.checkpoint_step or 0
         self._notice(f"retry {decision.number} of {decision.limit} from step {step:,}")
 
@@ -295,11 +303,13 @@ class Supervisor:
                 log_tail=first.log_tail,
                 **story,
             )
+        tail = log_tail(Path(story["log_path"])).splitlines()[-_TOLD_LINES:]
         return Failure(
             cause=first.cause,
             phase=first.phase,
             step=first.step,
             user_frame=first.user_frame,
+            log_tail="\n".join(tail),
             **story,
         )
 

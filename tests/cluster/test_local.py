@@ -170,10 +170,11 @@ def test_the_users_own_line_comes_first_and_once(tmp_path: Path) -> None:
     two = ("strategy=multi_worker", "strategy.num_workers=2")
     ended = train("job.args.fail=trace", *two, cwd=tmp_path)
     assert ended.code == 3, ended.out
-    # One line when it happens, then the story: the user's line before the error.
-    assert ended.out.count("ValueError: the user's own words") == 2
+    # A line when it happens, then the story: the user's line, the error, the end of the log.
+    assert ended.out.count("ValueError: the user's own words") == 3
+    assert "  | ValueError: the user's own words" in ended.out
     assert ended.out.count("blobs.py:") == 1
-    assert ended.out.index("blobs.py:") < ended.out.rindex("ValueError: the user's own words")
+    assert ended.out.index("blobs.py:") < ended.out.index("\n  ValueError: the user's own words")
     assert "worker-" in ended.out and "Traceback" not in ended.out
     assert rig.database(tmp_path)[0]["status"] == "FAILED"
 

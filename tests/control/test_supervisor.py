@@ -492,3 +492,17 @@ def test_a_group_that_did_not_start_is_on_record(tmp_path: Path) -> None:
     desk = Desk(tmp_path, StartFailed("no process"), WELL)
     assert desk.run() is Outcome.completed
     assert any(getattr(message, "error", "") == "no process" for message in desk.told)
+
+
+def test_a_story_says_from_where_the_run_can_go_on(tmp_path: Path) -> None:
+    script: list[Line] = [ready(), block(), saved(4), failed()]
+    desk = Desk(tmp_path, script, recovery__max_restarts=0)
+    assert desk.story(JobError).endswith(f"it can go on from step 4: resume={desk.plan.run}")
+
+
+def test_the_end_of_the_log_is_told_with_a_jobs_own_error(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), failed()], recovery__max_restarts=0)
+    log = desk.plan.paths.worker_log(1, 0)
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(f"line {number}\n" for number in range(9)))
+    assert "  | line 5\n  | line 6\n  | line 7\n  | line 8\n" in desk.story(JobError)
