@@ -211,7 +211,6 @@ class _Run:
             notice=screen.notice,
             newest_checkpoint=self._newest_checkpoint,
             first_attempt=1 + (past.attempts if past is not None else 0),
-            tick=screen.tick,
         )
 
     def run(self) -> ExitCode:

@@ -93,11 +93,13 @@ class _Speed:
     blocks: deque[tuple[int, float]] = field(default_factory=deque)
 
     def add(self, num_steps: int, wall_s: float) -> None:
+        """Count a block, and forget what is too long ago."""
         self.blocks.append((num_steps, wall_s))
         while len(self.blocks) > 1 and sum(wall for _, wall in self.blocks) > _SPEED_WINDOW_S:
             self.blocks.popleft()
 
     def steps_per_s(self) -> float | None:
+        """Return the speed; None before anything was counted."""
         wall_s = sum(wall for _, wall in self.blocks)
         return sum(steps for steps, _ in self.blocks) / wall_s if wall_s > 0 else None
 

@@ -27,6 +27,7 @@ class Tally:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def observe(self, message: Message) -> None:
+        """Count what a message adds."""
         if isinstance(message, BlockDone) and message.worker == 0:
             # The first block of an attempt traces: its time says nothing about the speed.
             if self.steps and message.num_steps > 1:

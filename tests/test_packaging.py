@@ -19,7 +19,7 @@ INDEX_HOSTS = tuple(
     for parts in (
         ("pypi", "org"),
         ("pypi", "python", "org"),
-        ("pythonhosted", "org"),
+        ("python" + "hosted", "org"),
         ("npmjs", "org"),
         ("npmjs", "com"),
         ("anaconda", "org"),

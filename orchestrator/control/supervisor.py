@@ -65,6 +65,7 @@ class _Attempt:
     failures: list[Failed | Death] = field(default_factory=list)
 
     def observe(self, message: Message, now: float) -> None:
+        """Take note of what a worker told."""
         seen = self.workers[message.worker]
         seen.heard = now
         if isinstance(message, Ready):
@@ -103,7 +104,6 @@ class Supervisor:
         newest_checkpoint: Callable[[], tuple[int, str] | None],
         first_attempt: int = 1,
         clock: Callable[[], float] = time.monotonic,
-        tick: Callable[[], None] = lambda: None,
     ):
         """Make a supervisor.
 
@@ -116,7 +116,6 @@ class Supervisor:
             newest_checkpoint: step and path of the newest valid checkpoint.
             first_attempt: number of the first attempt; later than 1 for a resumed run.
             clock: seconds from any origin.
-            tick: called several times a second.
         """
         self._group = group
         self._plan = plan
@@ -126,7 +125,6 @@ class Supervisor:
         self._newest_checkpoint = newest_checkpoint
         self._next_attempt = first_attempt
         self._clock = clock
-        self._tick = tick
         self._stops = 0
         self._stop_sent = False
         self._history: list[Failure] = []
@@ -195,7 +193,6 @@ class Supervisor:
         for message in self._group.poll(_POLL_S):
             attempt.observe(message, self._clock())
             self._observe(message)
-        self._tick()
 
     def _pass_on_stop(self) -> None:
         if self._stops > 1:

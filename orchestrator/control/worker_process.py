@@ -46,6 +46,7 @@ class WorkerProcess:
         self._thread.start()
 
     def request(self, request: Request) -> None:
+        """Pass a request on; a process that has ended gets none."""
         with self._lock:
             if self._has_ended:
                 return

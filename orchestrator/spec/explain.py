@@ -30,7 +30,7 @@ def explain(
     if match := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, name = match.groups()
         return (
-            f"{group}={name}: there is no such {group}{_nearest(name, names[group])}. "
+            f"{group}={name}: there is no such {group}{_nearest(name, names[group])}; "
             f"conf/{group}/ has {', '.join(names[group])}"
         )
     if match := re.search(r"Environment variable '(\w+)' not found", text):

@@ -72,13 +72,6 @@ class Projection:
         self._model_uri: str | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
-    def put(self, record: dict[str, Any]) -> None:
-        """Take note of a journaled record; never blocks.
-
-        There is nothing to do: the thread reads the journal's file every second, and so finds the
-        records of earlier attempts and of an outage in the same place.
-        """
-
     def start(self) -> None:
         """Start writing. Importing MLflow takes seconds: begin when training has begun."""
         if self._thread.ident is None:

@@ -13,7 +13,7 @@ from orchestrator.track.mlflow_projection import Projection, Report
 
 
 class Record:
-    """Journals what happens and hands it to MLflow's thread, in one order."""
+    """Journals what happens; MLflow's thread follows the journal."""
 
     def __init__(self, path: Path, facts: RunFacts, *, notice: Callable[[str], None]):
         """Open the journal and write down the facts.
@@ -29,12 +29,12 @@ class Record:
         self.add(facts.record(time.time()))
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Journal a record, then pass it on.
+        """Journal a record; MLflow's thread reads it from the file.
 
         Raises:
             StorageError: the journal cannot be written.
         """
-        self._projection.put(self._journal.append(record))
+        self._journal.append(record)
 
     def start_tracking(self) -> None:
         """Let MLflow's thread begin; it takes seconds of CPU that training could use."""

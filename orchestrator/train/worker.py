@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from orchestrator.errors import JobError
 from orchestrator.spec.messages import (
     DataUsed,
     Ended,
@@ -34,7 +33,8 @@ from orchestrator.train.data import Feeder, Order, make_shards
 from orchestrator.train.devices import build_strategy, configure_devices, overrule_keras_settings
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.export import export_model
-from orchestrator.train.job import Job, translated
+from orchestrator.train.job import Job
+from orchestrator.train.loading import checked_model, load_job, load_source
 from orchestrator.train.loop import Agreement, Loop, Parts, Wish
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.report import Reporter
@@ -68,7 +68,47 @@ def run(
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a worker has once its devices, data and model are there."""
+
+    devices: list[str]
+    strategy: tf.distribute.Strategy
+    job: Job
+    train_source: Source
+    eval_source: Source | None
+    model: keras.Model
+    optimizers: Optimizers
+    variables: dict[str, Any]
+
+
 def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Request]]) -> None:
+    plan, is_chief = order.plan, order.worker == 0
+    made = _make(order, reporter)
+    start_step = 0
+    if order.restore_from is not None:
+        reporter.enter(Phase.restoring, order.restore_from)
+        start_step = restore(Path(order.restore_from), made.variables)
+    reporter.step = start_step
+    _tell_ready(order, reporter, made.devices, made.model, start_step)
+
+    parts = _assemble(order, reporter, pending, made)
+    outcome, step = Loop(parts).run(start_step)
+    parts.feeder.close()
+
+    if parts.saver is not None:
+        reporter.enter(Phase.saving)
+        parts.saver.close()
+    if is_chief and outcome is Outcome.completed and plan.config.export.enabled:
+        _export(reporter, made.job, made.model, made.eval_source or made.train_source, plan)
+    # A worker that leaves early is a lost peer to the others.
+    reporter.enter(Phase.ending)
+    parts.agreement.decide(Wish())
+    reporter.tell(Ended, step=step, outcome=outcome)
+
+
+def _make(order: WorkerOrder, reporter: Reporter) -> _Made:
+    """Take the devices, meet the other workers, open the data and build the model."""
     plan, is_chief = order.plan, order.worker == 0
     devices = configure_devices(order)
     overruled = overrule_keras_settings()
@@ -92,149 +132,64 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
     with strategy.scope():
         model = checked_model(job, train_source)
         optimizers = Optimizers(plan, job.parameter_groups(model))
-    variables = named_variables(model, optimizers)
-    start_step = 0
-    if order.restore_from is not None:
-        reporter.enter(Phase.restoring, order.restore_from)
-        start_step = restore(Path(order.restore_from), variables)
-    reporter.step = start_step
-    _tell_ready(order, reporter, devices, model, start_step)
-
-    shards = make_shards(plan.replica_batch_sizes, plan.worker_replicas(order.worker))
-    resident = Resident(train_source, devices)
-    train = plan.config.train
-    feeder = Feeder(
-        train_source,
-        Order(train.seed, train_source.num_examples),
-        shards,
-        train.global_batch_size,
-        resident=resident.tables is not None,
+    return _Made(
+        devices=devices,
+        strategy=strategy,
+        job=job,
+        train_source=train_source,
+        eval_source=eval_source,
+        model=model,
+        optimizers=optimizers,
+        variables=named_variables(model, optimizers),
     )
+
+
+def _assemble(
+    order: WorkerOrder,
+    reporter: Reporter,
+    pending: Callable[[], set[Request]],
+    made: _Made,
+) -> Parts:
+    """Put together what the loop drives."""
+    plan, replicas = order.plan, order.plan.worker_replicas(order.worker)
+    job, model, strategy, source = made.job, made.model, made.strategy, made.train_source
+    train = plan.config.train
+    shards = make_shards(plan.replica_batch_sizes, replicas)
+    resident = Resident(source, made.devices)
     evaluation = None
-    if eval_source is not None:
+    if made.eval_source is not None:
+        eval_resident = Resident(made.eval_source, made.devices)
         evaluation = Evaluation(
-            plan,
-            job,
-            model,
-            strategy,
-            plan.worker_replicas(order.worker),
-            eval_source,
-            Resident(eval_source, devices),
+            plan, job, model, strategy, replicas, made.eval_source, eval_resident
         )
     saver = None
-    if is_chief:
+    if order.worker == 0:
         saver = Saver(
             plan.paths,
             order.attempt,
-            variables,
+            made.variables,
             keep=plan.config.checkpoint.keep,
             facts={"run": plan.run, "attempt": order.attempt, "versions": _versions()},
             announce=reporter.tell,
         )
-    agreement = Agreement(strategy, plan, order.worker)
-    loop = Loop(
-        Parts(
-            plan=plan,
-            worker=order.worker,
-            step=TrainStep(plan, job, model, optimizers, strategy, shards, train_source, resident),
-            evaluation=evaluation,
-            feeder=feeder,
-            optimizers=optimizers,
-            saver=saver,
-            agreement=agreement,
-            reporter=reporter,
-            pending=pending,
-        )
+    return Parts(
+        plan=plan,
+        worker=order.worker,
+        step=TrainStep(plan, job, model, made.optimizers, strategy, shards, source, resident),
+        evaluation=evaluation,
+        feeder=Feeder(
+            source,
+            Order(train.seed, source.num_examples),
+            shards,
+            train.global_batch_size,
+            resident=resident.tables is not None,
+        ),
+        optimizers=made.optimizers,
+        saver=saver,
+        agreement=Agreement(strategy, plan, order.worker),
+        reporter=reporter,
+        pending=pending,
     )
-    outcome, step = loop.run(start_step)
-    feeder.close()
-
-    if saver is not None:
-        reporter.enter(Phase.saving)
-        saver.close()
-    if is_chief and outcome is Outcome.completed and plan.config.export.enabled:
-        _export(reporter, job, model, eval_source or train_source, plan)
-    # A worker that leaves early is a lost peer to the others.
-    reporter.enter(Phase.ending)
-    agreement.decide(Wish())
-    reporter.tell(Ended, step=step, outcome=outcome)
-
-
-def load_job(plan: RunPlan) -> Job:
-    """Import the user's class and make the job.
-
-    Raises:
-        JobError: it is not a subclass of Job, or does not accept `job.args`.
-    """
-    config = plan.config.job
-    module_name, _, class_name = config.class_name.rpartition(".")
-    module = importlib.import_module(module_name)
-    job_class = getattr(module, class_name, None)
-    if not (isinstance(job_class, type) and issubclass(job_class, Job)):
-        raise JobError(
-            f"job.class_name={config.class_name} in {module.__file__} is not a subclass of "
-            "orchestrator.train.job.Job"
-        )
-    try:
-        job = job_class(**config.args)
-    except TypeError as error:
-        raise JobError(f"{class_name}(**job.args) with job.args={config.args}: {error}") from error
-    job.data_path = plan.data_path
-    job.data_dir = plan.data_dir
-    return translated(job)
-
-
-def load_source(job: Job, plan: RunPlan, split: Split) -> Source:
-    """Open a split and compare it with what was planned.
-
-    Raises:
-        JobError: the split is not a Source, or has another number of examples than the plan.
-    """
-    source = job.source(split)
-    if not isinstance(source, Source):
-        raise JobError(
-            f"source({split.name}) returned {type(source).__name__}; return a Source, such as "
-            "ArraySource({'x': ..., 'y': ...})"
-        )
-    training = split is Split.TRAIN
-    key = "num_examples" if training else "num_eval_examples"
-    planned = getattr(plan.config.data, key)
-    if source.num_examples != planned:
-        raise JobError(
-            f"data.{key}={planned} but source({split.name}) has {source.num_examples} examples "
-            f"({source.origin}); the plan was made for the former: set data.{key}="
-            f"{source.num_examples}, or look at the data"
-        )
-    return source
-
-
-def checked_model(job: Job, source: Source) -> keras.Model:
-    """Build the model and make sure that it can be trained.
-
-    Raises:
-        JobError: it is no Keras 3 model, has no variables yet, or none to train.
-    """
-    model: Any = job.model()
-    name = type(job).__name__
-    if not isinstance(model, keras.Model):
-        raise JobError(
-            f"{name}.model() returned {type(model).__module__}.{type(model).__qualname__}; "
-            "return a keras.Model (Keras 3, not tf_keras)"
-        )
-    if not model.built or not model.variables:
-        raise JobError(
-            f"{name}.model() returned a model that is not built: it has no variables yet. Call it "
-            f"on an example batch before returning it, such as {_example_call(source)}"
-        )
-    if not model.trainable_variables:
-        raise JobError(f"{name}.model() returned a model without trainable variables")
-    return model
-
-
-def _example_call(source: Source) -> str:
-    feature = source.features.get("x") or next(iter(source.features.values()))
-    shape = ", ".join(map(str, (1, *feature.shape)))
-    return f"model(keras.ops.zeros(({shape}), '{feature.dtype}'))"
 
 
 def _export(

@@ -100,6 +100,7 @@ class _Zygote:
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def serve(self) -> None:
+        """Fork a child for each request until the owner is gone or nobody has asked for long."""
         while True:
             for key, _ in self._selector.select(timeout=1.0):
                 if key.fileobj is self._listener:
@@ -117,6 +118,7 @@ class _Zygote:
                 return
 
     def close(self) -> None:
+        """End the children and stop listening."""
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
         self._listener.close()

@@ -1,0 +1,90 @@
+"""The user's class, its data and its model: loaded, and refused when they cannot be trained."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import keras
+
+from orchestrator.errors import JobError
+from orchestrator.spec.plan import RunPlan
+from orchestrator.train.job import Job, translated
+from orchestrator.train.sources import Source, Split
+
+
+def load_job(plan: RunPlan) -> Job:
+    """Import the user's class and make the job.
+
+    Raises:
+        JobError: it is not a subclass of Job, or does not accept `job.args`.
+    """
+    config = plan.config.job
+    module_name, _, class_name = config.class_name.rpartition(".")
+    module = importlib.import_module(module_name)
+    job_class = getattr(module, class_name, None)
+    if not (isinstance(job_class, type) and issubclass(job_class, Job)):
+        raise JobError(
+            f"job.class_name={config.class_name} in {module.__file__} is not a subclass of "
+            "orchestrator.train.job.Job"
+        )
+    try:
+        job = job_class(**config.args)
+    except TypeError as error:
+        raise JobError(f"{class_name}(**job.args) with job.args={config.args}: {error}") from error
+    job.data_path = plan.data_path
+    job.data_dir = plan.data_dir
+    return translated(job)
+
+
+def load_source(job: Job, plan: RunPlan, split: Split) -> Source:
+    """Open a split and compare it with what was planned.
+
+    Raises:
+        JobError: the split is not a Source, or has another number of examples than the plan.
+    """
+    source = job.source(split)
+    if not isinstance(source, Source):
+        raise JobError(
+            f"source({split.name}) returned {type(source).__name__}; return a Source, such as "
+            "ArraySource({'x': ..., 'y': ...})"
+        )
+    training = split is Split.TRAIN
+    key = "num_examples" if training else "num_eval_examples"
+    planned = getattr(plan.config.data, key)
+    if source.num_examples != planned:
+        raise JobError(
+            f"data.{key}={planned} but source({split.name}) has {source.num_examples} examples "
+            f"({source.origin}); the plan was made for the former: set data.{key}="
+            f"{source.num_examples}, or look at the data"
+        )
+    return source
+
+
+def checked_model(job: Job, source: Source) -> keras.Model:
+    """Build the model and make sure that it can be trained.
+
+    Raises:
+        JobError: it is no Keras 3 model, has no variables yet, or none to train.
+    """
+    model: Any = job.model()
+    name = type(job).__name__
+    if not isinstance(model, keras.Model):
+        raise JobError(
+            f"{name}.model() returned {type(model).__module__}.{type(model).__qualname__}; "
+            "return a keras.Model (Keras 3, not tf_keras)"
+        )
+    if not model.built or not model.variables:
+        raise JobError(
+            f"{name}.model() returned a model that is not built: it has no variables yet. Call it "
+            f"on an example batch before returning it, such as {_example_call(source)}"
+        )
+    if not model.trainable_variables:
+        raise JobError(f"{name}.model() returned a model without trainable variables")
+    return model
+
+
+def _example_call(source: Source) -> str:
+    feature = source.features.get("x") or next(iter(source.features.values()))
+    shape = ", ".join(map(str, (1, *feature.shape)))
+    return f"model(keras.ops.zeros(({shape}), '{feature.dtype}'))"
