@@ -11,9 +11,10 @@ import tensorflow as tf
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
 from orchestrator.train.data import evaluation_ids
+from orchestrator.train.inputs import Resident, feature_spec, step_features
 from orchestrator.train.job import Batch, Job
 from orchestrator.train.sources import Source
-from orchestrator.train.step import Captured, Resident, feature_spec, local_replica
+from orchestrator.train.step import Captured, local_replica
 from orchestrator.train.sums import Layout, weighted_sums
 
 # Steps of one call: bounds the memory of fetched features and the time between signs of life.
@@ -114,7 +115,7 @@ class Evaluation:
     def _batch_sums(self, local: int, feeds: Sequence[Any], i: Any) -> Any:
         """Return [weight, loss, metrics ...] summed over one batch, float64."""
         ids, weights, features = feeds[local]
-        rows = self._resident.rows(local, ids[i], {k: value[i] for k, value in features.items()})
+        rows = self._resident.rows(local, ids[i], step_features(features, i))
         batch = self._job.prepare(rows, training=False, seeds=None)
         with Captured():
             outcome = self._job.losses(self._model, batch, training=False)

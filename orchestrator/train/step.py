@@ -29,6 +29,7 @@ from orchestrator.errors import JobError
 from orchestrator.spec.plan import RunPlan, split_evenly
 from orchestrator.spec.schema import Compile
 from orchestrator.train.data import Feed, Shard
+from orchestrator.train.inputs import Resident, feature_spec, step_features
 from orchestrator.train.job import Batch, Gradients, Job, flatten_groups
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.sources import Source
@@ -52,35 +53,6 @@ class BlockResult:
     finite: np.ndarray
     local_finite: np.ndarray
     ids: list[np.ndarray]
-
-
-class Resident:
-    """A source's arrays on each local device, gathered in graph; None keeps them on the host."""
-
-    def __init__(self, source: Source, devices: Sequence[str]):
-        arrays = source.resident()
-        self.tables: list[dict[str, Any]] | None = None
-        if arrays is not None:
-            self.tables = []
-            for device in devices:
-                with tf.device(device):
-                    self.tables.append({k: tf.constant(v) for k, v in arrays.items()})
-
-    def rows(self, local: int, ids: Any, features: Batch) -> Batch:
-        """Return the features of some examples on one local replica."""
-        if self.tables is None:
-            return features
-        return {name: tf.gather(table, ids) for name, table in self.tables[local].items()}
-
-
-def feature_spec(source: Source, size: int, *, resident: bool) -> dict[str, tf.TensorSpec]:
-    """Return the signature of a replica's fetched features over a block: [None, size, ...]."""
-    if resident:
-        return {}
-    return {
-        name: tf.TensorSpec([None, size, *feature.shape], feature.dtype)
-        for name, feature in source.features.items()
-    }
 
 
 def local_replica(plan: RunPlan) -> int:
@@ -229,7 +201,7 @@ class TrainStep:
         local = local_replica(self._plan)
         block_ids, block_features = feeds[local]
         ids = block_ids[i]
-        features = {name: value[i] for name, value in block_features.items()}
+        features = step_features(block_features, i)
         raw = self._resident.rows(local, ids, features)
         step = first_step + tf.cast(i, tf.int64)
         gradients, moved, sums = self._differentiate(local, step, raw)

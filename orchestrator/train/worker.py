@@ -33,13 +33,14 @@ from orchestrator.train.data import Feeder, Order, make_shards
 from orchestrator.train.devices import build_strategy, configure_devices, overrule_keras_settings
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.export import export_model
+from orchestrator.train.inputs import Resident
 from orchestrator.train.job import Job
 from orchestrator.train.loading import checked_model, load_job, load_source
 from orchestrator.train.loop import Agreement, Loop, Parts, Wish
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.report import Reporter
 from orchestrator.train.sources import Source, Split
-from orchestrator.train.step import Resident, TrainStep
+from orchestrator.train.step import TrainStep
 
 
 def run(

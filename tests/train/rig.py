@@ -13,11 +13,12 @@ import tensorflow as tf
 from orchestrator.spec.plan import RunPlan
 from orchestrator.train.data import Feeder, Order, ledger_hash, make_shards
 from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.inputs import Resident
 from orchestrator.train.job import Job, translated
 from orchestrator.train.loop import step_means
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.sources import Split
-from orchestrator.train.step import BlockResult, Resident, TrainStep
+from orchestrator.train.step import BlockResult, TrainStep
 from tests.plans import tiny_plan
 
 

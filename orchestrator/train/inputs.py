@@ -1,0 +1,45 @@
+"""What a step reads: features fetched on the host, or tables that lie on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from orchestrator.train.job import Batch
+from orchestrator.train.sources import Source
+
+
+class Resident:
+    """A source's arrays on each local device, gathered in graph; None keeps them on the host."""
+
+    def __init__(self, source: Source, devices: Sequence[str]):
+        arrays = source.resident()
+        self.tables: list[dict[str, Any]] | None = None
+        if arrays is not None:
+            self.tables = []
+            for device in devices:
+                with tf.device(device):
+                    self.tables.append({k: tf.constant(v) for k, v in arrays.items()})
+
+    def rows(self, local: int, ids: Any, features: Batch) -> Batch:
+        """Return the features of some examples on one local replica."""
+        if self.tables is None:
+            return features
+        return {name: tf.gather(table, ids) for name, table in self.tables[local].items()}
+
+
+def feature_spec(source: Source, size: int, *, resident: bool) -> dict[str, tf.TensorSpec]:
+    """Return the signature of a replica's fetched features over a block: [None, size, ...]."""
+    if resident:
+        return {}
+    return {
+        name: tf.TensorSpec([None, size, *feature.shape], feature.dtype)
+        for name, feature in source.features.items()
+    }
+
+
+def step_features(features: Mapping[str, Any], i: Any) -> Batch:
+    """Return the features of one step of a block, [batch, ...] each; `i` is an int32 tensor."""
+    return {name: value[i] for name, value in features.items()}
