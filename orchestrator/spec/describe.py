@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from orchestrator.spec.plan import RunPlan
-from orchestrator.spec.schema import ClusterName, OptimizerConfig, ScheduleName, StrategyName
+from orchestrator.spec.schema import (
+    ClusterName,
+    Compile,
+    OptimizerConfig,
+    ScheduleName,
+    StrategyName,
+)
 from orchestrator.spec.secrets import mask_text, masked
 
 _LABEL_WIDTH = 13
@@ -35,7 +41,7 @@ def describe(plan: RunPlan) -> str:
         ("checkpoints", _checkpoints(plan)),
         ("optimizer", _optimizer(plan)),
         ("data", _data(plan)),
-        ("precision", f"{config.precision.policy.value}, compile {config.train.compile.value}"),
+        ("precision", f"{config.precision.policy.value}, {_compile(plan)}"),
         ("export", _export(plan)),
         ("run folder", str(plan.paths.root)),
         ("tracking", f"{mask_text(plan.tracking_uri)}, experiment {experiment_name(plan)}"),
@@ -142,6 +148,11 @@ def _optimizer(plan: RunPlan) -> str:
         parts.append(f"factors {schedule.factors} at steps {schedule.boundaries}")
     if optimizer.clip_global_norm is not None:
         parts.append(f"gradient norm at most {optimizer.clip_global_norm:g}")
+    if optimizer.clip_value is not None:
+        parts.append(f"gradient values at most {optimizer.clip_value:g}")
+    if optimizer.ema_decay is not None:
+        evaluated = ", which is evaluated" if plan.config.train.evaluate_ema else ""
+        parts.append(f"moving average of the weights at {optimizer.ema_decay:g}{evaluated}")
     for name, group in optimizer.groups.items():
         if group.learning_rate is not None:
             parts.append(f"{name} at {group.learning_rate:g}")
@@ -151,6 +162,16 @@ def _optimizer(plan: RunPlan) -> str:
 def _data(plan: RunPlan) -> str:
     where = f"from {plan.data_path}" if plan.data_path else f"kept in {plan.data_dir}"
     return f"{_count(plan.config.data.num_examples, 'example')}, {where}"
+
+
+def _compile(plan: RunPlan) -> str:
+    train = plan.config.train
+    if train.compile is not Compile.auto:
+        return f"compile {train.compile.value}"
+    if plan.num_replicas > 1 or train.deterministic:
+        reason = "several replicas" if plan.num_replicas > 1 else "deterministic"
+        return f"compile auto: graph ({reason})"
+    return "compile auto: graph or XLA as measured in the run"
 
 
 def _export(plan: RunPlan) -> str:

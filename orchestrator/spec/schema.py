@@ -67,6 +67,7 @@ class Precision(Enum):
     float32 = "float32"
     float64 = "float64"
     mixed_bfloat16 = "mixed_bfloat16"
+    mixed_float16 = "mixed_float16"
 
 
 class Placement(Enum):
@@ -133,6 +134,9 @@ class OptimizerConfig(OptimizerGroup):
 
     name: OptimizerName
     clip_global_norm: float | None = None
+    clip_value: float | None = None
+    weight_decay_exclude: list[str] = field(default_factory=list)
+    ema_decay: float | None = None
     groups: dict[str, OptimizerGroup] = field(default_factory=dict)
 
 
@@ -172,6 +176,8 @@ class TrainConfig:
     block_s: float
     max_block_steps: int
     on_nan: OnNan
+    allow_missing_gradients: bool = False
+    evaluate_ema: bool = False
     deterministic: bool
 
 
@@ -180,6 +186,7 @@ class PrecisionConfig:
     """The dtype policy of the model."""
 
     policy: Precision
+    initial_loss_scale: float = 2.0**15
 
 
 @dataclass(kw_only=True, slots=True)

@@ -69,6 +69,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("recovery.max_restarts", config.recovery.max_restarts, 0),
         ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
+        ("precision.initial_loss_scale", config.precision.initial_loss_scale, 1),
         ("cluster.cpus_per_worker", config.cluster.cpus_per_worker, 1),
     ]
     positive: list[tuple[str, float | None]] = [
@@ -82,6 +83,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("tracking.timeout_s", config.tracking.timeout_s),
         ("optimizer.learning_rate", config.optimizer.learning_rate),
         ("optimizer.clip_global_norm", config.optimizer.clip_global_norm),
+        ("optimizer.clip_value", config.optimizer.clip_value),
         *(
             (f"optimizer.groups.{name}.learning_rate", group.learning_rate)
             for name, group in config.optimizer.groups.items()
@@ -183,6 +185,18 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
                     f"{section}.{argument}={getattr(group, argument)}: {optimizer.name.value} has "
                     f"no {argument}; it takes {', '.join(sorted(accepted))}"
                 )
+    if optimizer.ema_decay is not None and not 0 < optimizer.ema_decay < 1:
+        yield f"optimizer.ema_decay={optimizer.ema_decay:g}: must be between 0 and 1"
+    if config.train.evaluate_ema and optimizer.ema_decay is None:
+        yield (
+            "train.evaluate_ema=true without a moving average: set optimizer.ema_decay, such as "
+            "0.999"
+        )
+    if optimizer.weight_decay_exclude and not any(g.weight_decay for _, g in sections):
+        yield (
+            "optimizer.weight_decay_exclude without weight decay: set optimizer.weight_decay, or "
+            "leave it out"
+        )
     if optimizer.learning_rate is None:
         yield "optimizer.learning_rate is null: set it"
 

@@ -21,7 +21,7 @@ from orchestrator.spec.messages import Saved
 from orchestrator.spec.paths import RunPaths
 from orchestrator.train import store
 from orchestrator.train.optimizer import Optimizers
-from orchestrator.train.step import is_layer_seed
+from orchestrator.train.replica import is_layer_seed
 
 _BUNDLE = "variables"
 
@@ -33,8 +33,7 @@ def named_variables(model: keras.Model, optimizers: Optimizers) -> dict[str, ker
     key is `<section>/<index>:<path>`.
     """
     sections = {"model": [v for v in model.variables if not is_layer_seed(v)]}
-    for name, variables in optimizers.variables.items():
-        sections[f"optimizer/{name}"] = variables
+    sections |= optimizers.variables
     return {
         f"{section}/{index}:{variable.path}": variable
         for section, variables in sections.items()

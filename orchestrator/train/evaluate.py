@@ -13,8 +13,8 @@ from orchestrator.spec.schema import Compile
 from orchestrator.train.data import evaluation_ids
 from orchestrator.train.inputs import Resident, feature_spec, step_features
 from orchestrator.train.job import Batch, Job
+from orchestrator.train.replica import Captured, local_replica
 from orchestrator.train.sources import Source
-from orchestrator.train.step import Captured, local_replica
 from orchestrator.train.sums import Layout, weighted_sums
 
 # Steps of one call: bounds the memory of fetched features and the time between signs of life.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,6 +155,9 @@ class Loop:
             series = step_means(result)
             first, *others = rates
             metrics = {name: as_floats(v) for name, v in series.items() if name != "loss"}
+            metrics["gradient_norm"] = as_floats(result.gradient_norm)
+            if self._parts.optimizers.loss_scale is not None:
+                metrics["loss_scale"] = as_floats(result.loss_scale)
             metrics |= {f"learning_rate/{name}": as_floats(rates[name]) for name in others}
             values = {
                 "loss": as_floats(series["loss"]),
@@ -193,7 +197,11 @@ class Loop:
         assert parts.evaluation is not None
         parts.reporter.enter(Phase.evaluating)
         start = parts.clock()
-        metrics = parts.evaluation.run()
+        averages = parts.optimizers.averages
+        with contextlib.ExitStack() as stack:
+            if averages is not None and self._plan.config.train.evaluate_ema:
+                stack.enter_context(averages.in_place())
+            metrics = parts.evaluation.run()
         if self._is_chief:
             parts.reporter.tell(
                 Evaluated,
@@ -211,19 +219,22 @@ class Loop:
 
     def _refuse_nan(self, result: BlockResult, first: int, own: Wish, all_workers: Wish) -> None:
         """Stop at the first step that was not finite, told by the worker whose loss it was."""
-        if self._plan.config.train.on_nan is not OnNan.stop or result.finite.all():
+        broken = ~result.finite & ~result.overflowed
+        if self._plan.config.train.on_nan is not OnNan.stop or not broken.any():
             return
-        index = int(np.flatnonzero(~result.finite)[0])
+        index = int(np.flatnonzero(broken)[0])
         step = first + index + 1
         if all_workers.guilty and not own.guilty:
             raise Stopped(f"step {step} was not finite on another worker")
         if not all_workers.guilty and not self._is_chief:
             raise Stopped(f"step {step} was not finite; the chief tells about it")
         what = "gradient" if result.local_finite[index].all() else "loss"
+        bad = result.bad_variable[index]
+        first = f"; the first bad gradient is that of {bad}" if bad else ""
         raise JobError(
             f"the {what} is not finite at step {step}, worker {self._parts.worker}, examples "
-            f"{_guilty_ids(result, index)}; the update was not applied. Look at these examples, "
-            "lower optimizer.learning_rate, set optimizer.clip_global_norm, or skip such updates "
+            f"{_guilty_ids(result, index)}{first}; the update was not applied. Look at these "
+            "examples, lower optimizer.learning_rate, set optimizer.clip_global_norm, or skip such updates "
             "with train.on_nan=skip"
         )
 

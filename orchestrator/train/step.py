@@ -1,13 +1,9 @@
 """The compiled block: K steps of gradients, one reduction each, one decision each.
 
-For global batch size G, R replicas, weights w and losses l, each replica differentiates
-
-    (1 / G) (sum_i w_i l_i  +  sum_i w_i  x  sum of terms)
-
-in which the scale 1/G only keeps the numbers small. One all-reduce (SUM) carries, for each dtype,
-the gradients, the moving state of layers divided by R, and the sums of weights, loss and metrics.
-Multiplied by G / sum w, the reduced gradient is that of the weighted mean loss plus the terms,
-whatever R is and however G was split.
+One all-reduce (SUM) carries, for each dtype, the gradients of `replica.py`, the moving state of
+layers divided by R, and the sums of weights, loss and metrics. Multiplied by G / (s sum w), the
+reduced gradient is that of the weighted mean loss plus the terms, whatever the number R of
+replicas is and however the global batch of G was split.
 
 Everything that decides anything is computed from reduced values and between two `strategy.run`s:
 a `tf.cond` around an optimizer inside a replica fails under every strategy (TensorFlow 2.21).
@@ -15,9 +11,8 @@ a `tf.cond` around an optimizer inside a replica fails under every strategy (Ten
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +20,21 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from orchestrator.errors import JobError
-from orchestrator.spec.plan import RunPlan, split_evenly
+from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
 from orchestrator.train.data import Feed, Shard
 from orchestrator.train.inputs import Resident, feature_spec, step_features
-from orchestrator.train.job import Batch, Gradients, Job, flatten_groups
+from orchestrator.train.job import Job, flatten_groups
 from orchestrator.train.optimizer import Optimizers
+from orchestrator.train.replica import Replicas, local_replica
 from orchestrator.train.sources import Source
-from orchestrator.train.sums import Layout, weighted_sums
+from orchestrator.train.sums import Layout
+
+# XLA is tried when at least so much time is left, because compiling costs about a second ...
+_WORTH_TRYING_S = 5.0
+# ... and more for larger graphs: about 4 ms a node.
+_MOST_NODES = 1_500
+_TRIAL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +44,24 @@ class BlockResult:
     Attributes:
         sums: for `loss` and each metric the weighted sums over the global batch, [n] or [n, k].
         weight: the sums of the weights, [n].
+        gradient_norm: global norm of the mean gradient before it is clipped, [n].
+        loss_scale: of each step, [n]; 1 without float16.
         finite: whether the update was applied, bool [n].
+        overflowed: not applied because float16 overflowed, which the loss scale expects, bool [n].
+        bad_variable: path of the first variable whose gradient is not finite; "" without one.
         local_finite: whether the loss of each local replica was finite, bool [n, local replicas].
         ids: for each local replica the examples as the steps used them, int64 [n, batch].
     """
 
     sums: Mapping[str, np.ndarray]
     weight: np.ndarray
+    gradient_norm: np.ndarray
+    loss_scale: np.ndarray
     finite: np.ndarray
+    overflowed: np.ndarray
+    bad_variable: list[str]
     local_finite: np.ndarray
     ids: list[np.ndarray]
-
-
-def local_replica(plan: RunPlan) -> int:
-    """Return which of this worker's replicas is being traced; call in replica context."""
-    context = tf.distribute.get_replica_context()
-    # A constant of the graph under every strategy, though TensorFlow hands it out as a tensor.
-    replica = tf.get_static_value(tf.convert_to_tensor(context.replica_id_in_sync_group))
-    return int(replica) % plan.devices_per_worker
-
-
-class Captured(keras.StatelessScope):
-    """Catches what layers assign to their state, so that the step decides what becomes of it.
-
-    Keras's own scope answers None for variables it was not given, which its regularisers then
-    take for the value (keras 3.15, layers/layer.py:_get_regularization_losses).
-    """
-
-    def __init__(self, state: Sequence[tuple[keras.Variable, Any]] = ()):
-        super().__init__(state, collect_losses=True, initialize_variables=False)
-
-    def get_current_value(self, variable: keras.Variable) -> Any:
-        """Return the value assigned in the scope, else the variable itself, which tapes watch."""
-        value = super().get_current_value(variable)
-        return variable._value if value is None else value
 
 
 class TrainStep:
@@ -96,23 +81,35 @@ class TrainStep:
         shards: Sequence[Shard],
         source: Source,
         resident: Resident,
+        tell: Callable[[str], None] = lambda text: None,
     ):
+        """Prepare the functions; nothing is traced before the first block.
+
+        Args:
+            tell: takes a sentence about how blocks are executed, once it is decided.
+        """
         self.num_traces = 0
+        self.mode = Compile.graph
         self._plan = plan
-        self._job = job
         self._model = model
         self._optimizers = optimizers
         self._strategy = strategy
         self._shards = shards
         self._resident = resident
+        self._replicas = Replicas(plan, job, model, optimizers.groups, shards)
         self._layout: Layout | None = None
         self._groups = optimizers.groups
-        self._num_gradients = len(flatten_groups(self._groups))
-        self._seeds = [v for v in model.variables if is_layer_seed(v)]
-        self._moving = [v for v in model.non_trainable_variables if is_moving(v)]
-        self._moved: list[keras.Variable] = []
-        self._scale = 1.0 / plan.config.train.global_batch_size
-        signature = [tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.int32)]
+        self._variables = flatten_groups(optimizers.groups)
+        self._moving: list[keras.Variable] = []
+        self._tell = tell
+        self._undecided = False
+        self._last = (0, 0.0)  # steps and seconds of the last block
+        asked = plan.config.train.compile
+        if asked is Compile.auto:
+            # Several replicas cannot be compiled as a whole; results differ in the last bits.
+            self._undecided = plan.num_replicas == 1 and not plan.config.train.deterministic
+        else:
+            self.mode = asked
         is_resident = resident.tables is not None
         feeds = [
             (
@@ -121,15 +118,14 @@ class TrainStep:
             )
             for shard in shards
         ]
-        mode = plan.config.train.compile
-        self._run: Any = self._block
-        if mode is not Compile.eager:
-            self._run = tf.function(
-                self._block,
-                input_signature=[*signature, feeds],
-                autograph=False,
-                jit_compile=True if mode is Compile.xla else None,
-            )
+        signature = [tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.int32), feeds]
+        self._functions: dict[Compile, Any] = {
+            Compile.eager: self._block,
+            Compile.graph: tf.function(self._block, input_signature=signature, autograph=False),
+            Compile.xla: tf.function(
+                self._chosen_block, input_signature=signature, autograph=False, jit_compile=True
+            ),
+        }
 
     def run(self, first_step: int, num_steps: int, feed: Feed) -> BlockResult:
         """Run the steps after `first_step`.
@@ -137,47 +133,89 @@ class TrainStep:
         Raises:
             JobError: the job's losses, metrics or gradients have the wrong form.
         """
+        if self._undecided:
+            self._decide(first_step, num_steps, feed)
+        start = time.monotonic()
+        rows, finite, ids = self._call(self.mode, first_step, num_steps, feed)
+        result = self._result(rows.numpy(), finite.numpy(), [part.numpy() for part in ids])
+        self._last = (num_steps, time.monotonic() - start)
+        return result
+
+    def _call(self, mode: Compile, first_step: int, num_steps: int, feed: Feed) -> Any:
+        """Run a block in one of the modes; return its rows, finite flags and ids as tensors."""
+        length = num_steps
+        if mode is Compile.xla:
+            # One program for blocks of any length: shapes are part of what XLA compiles.
+            length = max(num_steps, self._longest())
         feeds = [
-            (tf.constant(ids), {name: tf.constant(value) for name, value in features.items()})
+            (_filled(ids, length), {name: _filled(rows, length) for name, rows in features.items()})
             for ids, features in zip(feed.ids, feed.features, strict=True)
         ]
-        rows, finite, ids = self._run(
+        rows, finite, ids = self._functions[mode](
             tf.constant(first_step, tf.int64), tf.constant(num_steps, tf.int32), feeds
         )
+        return rows[:num_steps], finite[:num_steps], [part[:num_steps] for part in ids]
+
+    def _longest(self) -> int:
+        train = self._plan.config.train
+        return min(train.max_block_steps, self._plan.total_steps)
+
+    def _result(self, rows: np.ndarray, finite: np.ndarray, ids: list[np.ndarray]) -> BlockResult:
+        """Take the columns of a block's rows apart: see `_row`."""
         assert self._layout is not None
-        locals_ = len(self._shards)
-        columns = rows.numpy().astype(np.float64)
-        reduced = columns[:, :-locals_]
+        columns = rows.astype(np.float64)
+        norm, bad, scale = columns[:, 0], columns[:, 1], columns[:, 2]
+        local = columns[:, 3 : 3 + len(self._shards)]
+        weight, sums = columns[:, 3 + len(self._shards)], columns[:, 4 + len(self._shards) :]
+        split = self._layout.split(sums)
+        names = ["", *(variable.path for variable in self._variables)]
         return BlockResult(
-            sums=self._layout.split(reduced[:, 1:]),
-            weight=reduced[:, 0],
-            finite=finite.numpy(),
-            local_finite=np.isfinite(columns[:, -locals_:]),
-            ids=[part.numpy() for part in ids],
+            sums=split,
+            weight=weight,
+            gradient_norm=norm,
+            loss_scale=scale,
+            finite=finite,
+            # At a scale of 1 it is not the scale's doing any more.
+            overflowed=~finite & np.isfinite(split["loss"]) & (scale > 1),
+            bad_variable=[names[int(index)] for index in bad],
+            local_finite=np.isfinite(local),
+            ids=ids,
         )
 
-    def _block(self, first_step: Any, num_steps: Any, feeds: Any) -> Any:
-        """Run `num_steps` steps; a Python function of tensors, traced once."""
+    def _chosen_block(self, first_step: Any, num_steps: Any, feeds: Any) -> Any:
+        """Run a block in the form that XLA compiles well."""
+        return self._block(first_step, num_steps, feeds, choose=True)
+
+    def _block(self, first_step: Any, num_steps: Any, feeds: Any, *, choose: bool = False) -> Any:
+        """Run `num_steps` steps; a Python function of tensors, traced once.
+
+        Args:
+            choose: decide about an update at each assignment instead of around all of them.
+        """
         self.num_traces += 1
-        dtype = self._sum_dtype()
-        rows = tf.TensorArray(dtype, num_steps, infer_shape=True)
-        finite = tf.TensorArray(tf.bool, num_steps, element_shape=[])
+        length = tf.shape(feeds[0][0])[0]
+        rows = tf.TensorArray(self._replicas.sum_dtype, length, infer_shape=True)
+        finite = tf.TensorArray(tf.bool, length, element_shape=[])
         ids = [
-            tf.TensorArray(tf.int64, num_steps, element_shape=[shard.size])
-            for shard in self._shards
+            tf.TensorArray(tf.int64, length, element_shape=[shard.size]) for shard in self._shards
         ]
 
         def one_step(i: Any, rows: Any, finite: Any, ids: Any) -> Any:
             reduced, local_loss, used = self._strategy.run(self._reduce, (first_step, i, feeds))
             values = self._first(reduced)
-            norm = tf.linalg.global_norm(
-                [tf.cast(value, dtype) for value in values[: self._num_gradients]]
-            )
+            sums = values[-1]
+            squares = self._squares(values[: len(self._variables)], compiled=choose)
+            norm = tf.sqrt(tf.reduce_sum(squares))
             # The norm tells more than the loss, which a ReLU can keep finite; check both.
-            ok = tf.math.is_finite(norm) & tf.math.is_finite(values[-1][1])
-            tf.cond(ok, lambda: self._update(reduced, norm), lambda: tf.constant(0))
+            ok = tf.math.is_finite(norm) & tf.math.is_finite(sums[1])
             local = self._strategy.experimental_local_results(local_loss)
-            row = tf.concat([values[-1], tf.stack(list(local))], 0)
+            row = self._row(squares, norm, sums, local)
+            if choose:
+                self._update(reduced, norm, ok)
+            else:
+                tf.cond(ok, lambda: self._update(reduced, norm), lambda: tf.constant(0))
+            if self._optimizers.loss_scale is not None:
+                self._optimizers.loss_scale.update(ok)
             parts = self._strategy.experimental_local_results(used)
             ids = [array.write(i, part) for array, part in zip(ids, parts, strict=True)]
             return i + 1, rows.write(i, row), finite.write(i, ok), ids
@@ -188,9 +226,30 @@ class TrainStep:
         )
         return rows.stack(), finite.stack(), [array.stack() for array in ids]
 
-    def _update(self, reduced: Sequence[Any], norm: Any) -> Any:
-        self._strategy.run(self._apply, (reduced, norm))
-        return tf.constant(0)  # both branches of a cond return something alike
+    def _row(self, squares: Any, norm: Any, sums: Any, local: Sequence[Any]) -> Any:
+        """Return what one step reports: norm, bad variable, loss scale, local losses, sums."""
+        wrong = ~tf.math.is_finite(squares)
+        # Counted from 1, so that 0 means none.
+        bad = tf.where(tf.reduce_any(wrong), tf.argmax(tf.cast(wrong, tf.int32)) + 1, 0)
+        scale = self._optimizers.loss_scale
+        scale = tf.ones_like(norm) if scale is None else tf.cast(scale.value, sums.dtype)
+        mean = norm * self._factor(sums)
+        return tf.concat([[mean, tf.cast(bad, sums.dtype), scale], tf.stack(local), sums], 0)
+
+    def _squares(self, gradients: Sequence[Any], *, compiled: bool) -> Any:
+        """Return the sum of squares of each gradient, [number of variables]."""
+        dtype = self._replicas.sum_dtype
+        squares = []
+        for gradient in gradients:
+            values = tf.cast(gradient, dtype)
+            if compiled and len(values.shape) > 1:
+                # XLA on CPUs adds all elements one by one; columns at a time it does in vectors.
+                # The abs keeps it from making one sum of two again.
+                columns = tf.reduce_sum(tf.square(tf.reshape(values, [-1, values.shape[-1]])), 0)
+                squares.append(tf.reduce_sum(tf.abs(columns)))
+            else:
+                squares.append(2 * tf.nn.l2_loss(values))
+        return tf.stack(squares)
 
     def _reduce(self, first_step: Any, i: Any, feeds: Any) -> Any:
         """Differentiate on one replica and add up over all of them.
@@ -201,117 +260,110 @@ class TrainStep:
         local = local_replica(self._plan)
         block_ids, block_features = feeds[local]
         ids = block_ids[i]
-        features = step_features(block_features, i)
-        raw = self._resident.rows(local, ids, features)
+        raw = self._resident.rows(local, ids, step_features(block_features, i))
         step = first_step + tf.cast(i, tf.int64)
-        gradients, moved, sums = self._differentiate(local, step, raw)
+        share = self._replicas.share(local, step, raw, self._scale())
+        self._layout = share.layout
+        self._moving = [variable for variable, _ in share.moved]
         num_replicas = self._plan.num_replicas
-        values = [*gradients, *(value / num_replicas for value in moved), sums]
+        gradients, are_reduced = self._replicas.all_dense(local, share.gradients)
+        values = [*gradients, *(value / num_replicas for _, value in share.moved), share.sums]
         if num_replicas > 1:
+            are_reduced += [False] * (len(values) - len(gradients))
+            open_values = [v for v, done in zip(values, are_reduced, strict=True) if not done]
             context = tf.distribute.get_replica_context()
-            values = context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-        return values, sums[1], ids
-
-    def _differentiate(self, local: int, step: Any, raw: Batch) -> tuple[list, list, Any]:
-        """Accumulate gradients and sums over the micro-batches of one replica."""
-        plan, shard = self._plan, self._shards[local]
-        positions = step * plan.config.train.global_batch_size + shard.offset
-        gradients: list[Any] = []
-        sums: Any = 0.0
-        moved: dict[int, Any] = {}  # index in self._moving -> the state after the micro-batch
-        start = 0
-        for micro, size in enumerate(split_evenly(shard.size, plan.config.train.micro_batches)):
-            rows = {name: value[start : start + size] for name, value in raw.items()}
-            seeds = self._example_seeds(positions + start, size)
-            batch = self._job.prepare(rows, training=True, seeds=seeds)
-            state = [
-                *((self._moving[index], value) for index, value in moved.items()),
-                *zip(self._seeds, self._layer_seeds(local, step, micro), strict=True),
+            summed = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, open_values))
+            values = [
+                v if done else next(summed) for v, done in zip(values, are_reduced, strict=True)
             ]
-            with Captured(state) as scope:
-                grouped, outcome = self._job.gradients(self._model, batch, self._scale)
-            moved = {
-                index: scope.state_mapping[id(variable)]
-                for index, variable in enumerate(self._moving)
-                if id(variable) in scope.state_mapping
-            }
-            parts = self._checked_gradients(grouped)
-            gradients = [a + b for a, b in zip(gradients, parts, strict=True)] if micro else parts
-            self._layout, part = weighted_sums(outcome, size, self._sum_dtype())
-            sums += part
-            start += size
-        self._moved = [self._moving[index] for index in moved]
-        return gradients, list(moved.values()), sums
+        return values, share.sums[1], ids
 
-    def _apply(self, reduced: Sequence[Any], norm: Any) -> None:
+    def _update(self, reduced: Sequence[Any], norm: Any, ok: Any = None) -> Any:
+        """Update all variables; with `ok` only if it is true."""
+        self._strategy.run(self._apply, (reduced, norm, ok))
+        if self._optimizers.averages is not None:
+            self._optimizers.averages.update(ok)
+        return tf.constant(0)  # both branches of a cond return something alike
+
+    def _apply(self, reduced: Sequence[Any], norm: Any, ok: Any) -> None:
         """Update the variables of one replica from reduced values."""
-        gradients = list(reduced[: self._num_gradients])
-        weight = reduced[-1][0]
-        factor = tf.math.divide_no_nan(tf.ones_like(weight), self._scale * weight)
-        limit = self._plan.config.optimizer.clip_global_norm
-        if limit is not None:
-            factor *= limit / tf.maximum(norm * factor, tf.cast(limit, norm.dtype))
-        scaled = iter([gradient * tf.cast(factor, gradient.dtype) for gradient in gradients])
-        self._optimizers.apply(
-            {name: [next(scaled) for _ in group] for name, group in self._groups.items()}
-        )
-        for variable, value in zip(self._moved, reduced[self._num_gradients : -1], strict=True):
-            variable.value.assign(tf.cast(value, variable.dtype))
+        count = len(self._variables)
+        config = self._plan.config.optimizer
+        factor = self._factor(reduced[-1])
+        if config.clip_global_norm is not None:
+            limit = tf.constant(config.clip_global_norm, norm.dtype)
+            factor *= limit / tf.maximum(norm * factor, limit)
+        scaled = [gradient * tf.cast(factor, gradient.dtype) for gradient in reduced[:count]]
+        if config.clip_value is not None:
+            limit = config.clip_value
+            scaled = [tf.clip_by_value(gradient, -limit, limit) for gradient in scaled]
+        flat = iter(scaled)
+        grouped = {name: [next(flat) for _ in group] for name, group in self._groups.items()}
+        if ok is None:
+            self._optimizers.apply(grouped)
+        else:
+            self._optimizers.apply_if(ok, grouped)
+        for variable, value in zip(self._moving, reduced[count:-1], strict=True):
+            new = tf.cast(value, variable.dtype)
+            variable.value.assign(new if ok is None else tf.where(ok, new, variable.value))
 
-    def _checked_gradients(self, grouped: Gradients) -> list[Any]:
-        """Return the gradients as dense tensors in the order of the variables."""
-        dense, missing = [], []
-        for name, variables in self._groups.items():
-            if len(grouped.get(name, ())) != len(variables):
-                raise JobError(
-                    f"gradients() returned {len(grouped.get(name, ()))} gradients for the "
-                    f"parameter group {name!r} of {len(variables)} variables; return one a variable"
-                )
-            for variable, gradient in zip(variables, grouped[name], strict=True):
-                if gradient is None:
-                    missing.append(variable.path)
-                else:
-                    dense.append(tf.convert_to_tensor(gradient))
-        if missing:
-            raise JobError(
-                f"the loss does not depend on {', '.join(missing)}: no gradient; set "
-                "`trainable=False` there, or leave it out of parameter_groups()"
-            )
-        return dense
+    def _factor(self, sums: Any) -> Any:
+        """Return what makes the reduced gradient that of the mean: G / (s sum w)."""
+        scale = self._scale()
+        scale = tf.cast(scale, sums.dtype) if tf.is_tensor(scale) else scale
+        return tf.math.divide_no_nan(tf.ones_like(sums[0]), scale * sums[0])
 
-    def _sum_dtype(self) -> Any:
-        """Return the dtype of the first gradient: sums then travel in the same collective."""
-        return tf.as_dtype(flatten_groups(self._groups)[0].dtype)
+    def _scale(self) -> Any:
+        """Return s / G: a plain number, which loses no bits in float64, unless s changes."""
+        scale = self._optimizers.loss_scale
+        batch = self._plan.config.train.global_batch_size
+        return 1.0 / batch if scale is None else scale.value / batch
 
     def _first(self, reduced: Sequence[Any]) -> list[Any]:
         return [self._strategy.experimental_local_results(value)[0] for value in reduced]
 
-    def _example_seeds(self, first_position: Any, size: int) -> Any:
-        positions = first_position + tf.range(size, dtype=tf.int64)
-        seed = tf.fill([size], tf.constant(self._plan.config.train.seed, tf.int64))
-        return tf.stack([positions, seed], axis=1)
+    def _decide(self, first_step: int, num_steps: int, feed: Feed) -> None:
+        """Choose between graph and XLA by running both, once a block's time is known."""
+        steps, seconds = self._last
+        if seconds < _TRIAL_S or self._resident.tables is None:
+            return
+        self._undecided = False
+        left_s = (self._plan.total_steps - first_step) * seconds / steps
+        reason = self._why_not_xla(left_s)
+        if reason:
+            self._tell(f"train.compile=auto: graph ({reason})")
+            return
+        state = [*self._model.variables]
+        state += [v for section in self._optimizers.variables.values() for v in section]
+        before = [tf.identity(tf.convert_to_tensor(variable.value)) for variable in state]
+        rates = {}
+        for mode in (Compile.xla, Compile.xla, Compile.graph):  # the first one compiles
+            start = time.monotonic()
+            self._call(mode, first_step, num_steps, feed)[0].numpy()
+            rates[mode] = num_steps / (time.monotonic() - start)
+            for variable, value in zip(state, before, strict=True):
+                variable.assign(value)
+        self.mode = max(rates, key=lambda mode: rates[mode])
+        shown = " against ".join(f"{rate:,.0f} steps/s as {m.value}" for m, rate in rates.items())
+        self._tell(f"train.compile=auto: {self.mode.value} ({shown})")
 
-    def _layer_seeds(self, local: int, step: Any, micro: int) -> list[Any]:
-        """Return the state of each layer's seed generator for one replica, step and micro-batch.
-
-        A generator adds to the second word with every call within a step, so the step goes into
-        the first.
-        """
-        replica = self._shards[local].offset  # distinct for each replica of the run
-        states = []
-        for index, variable in enumerate(self._seeds):
-            text = f"{self._plan.config.train.seed} {index} {replica} {micro}".encode()
-            first, second = struct.unpack("<II", hashlib.sha256(text).digest()[:8])
-            word = tf.cast((step + first) % 2**32, variable.dtype)
-            states.append(tf.stack([word, tf.cast(second, variable.dtype)]))
-        return states
+    def _why_not_xla(self, left_s: float) -> str:
+        """Return why XLA need not be tried; empty if it should be."""
+        if left_s < _WORTH_TRYING_S:
+            return f"the {left_s:.0f} s that are left are too short to win compiling back"
+        graph = self._functions[Compile.graph].get_concrete_function().graph.as_graph_def()
+        nodes = [n.op for f in graph.library.function for n in f.node_def]
+        if self._plan.device_kind == "CPU" and any("Conv" in op for op in nodes):
+            return "convolutions on CPUs are slower under XLA"
+        if len(nodes) > _MOST_NODES:
+            return f"{len(nodes):,} operations would take long to compile"
+        return ""
 
 
-def is_layer_seed(variable: keras.Variable) -> bool:
-    """Tell whether a variable is the state of a Keras SeedGenerator: it follows from the step."""
-    return variable.path.endswith("seed_generator_state")
-
-
-def is_moving(variable: keras.Variable) -> bool:
-    """Tell whether a variable is float state that a layer may assign, such as a moving mean."""
-    return tf.as_dtype(variable.dtype).is_floating and not is_layer_seed(variable)
+def _filled(array: np.ndarray, length: int) -> Any:
+    """Return an array as a tensor of `length` steps; what is added is never run."""
+    if len(array) < length:
+        array = np.concatenate(
+            [array, np.zeros((length - len(array), *array.shape[1:]), array.dtype)]
+        )
+    return tf.constant(array)

@@ -176,7 +176,17 @@ def _assemble(
     return Parts(
         plan=plan,
         worker=order.worker,
-        step=TrainStep(plan, job, model, made.optimizers, strategy, shards, source, resident),
+        step=TrainStep(
+            plan,
+            job,
+            model,
+            made.optimizers,
+            strategy,
+            shards,
+            source,
+            resident,
+            tell=lambda text: reporter.tell(Notice, text=text),
+        ),
         evaluation=evaluation,
         feeder=Feeder(
             source,

@@ -280,3 +280,220 @@ def test_mixed_precision_keeps_variables_and_sums_in_float32(tmp_path: Path) -> 
     rig = make_rig(tmp_path, Tiny(), replicas=2, precision__policy=Precision.mixed_bfloat16).run(12)
     assert {w.dtype.name for w in rig.weights} == {"float32"}
     assert rig.losses[-1] < rig.losses[0]
+
+
+def test_float16_skips_an_overflow_on_all_replicas_and_lowers_the_scale(tmp_path: Path) -> None:
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("mixed_float16")
+    changes: dict[str, Any] = {
+        "precision__policy": Precision.mixed_float16,
+        "precision__initial_loss_scale": 2.0**24,
+        "train__micro_batches": 2,
+    }
+    rig = make_rig(tmp_path, Tiny(), replicas=2, **changes)
+    before = rig.weights
+    rig.run(1)
+    first = rig.results[0]
+    # A gradient above 65504 / 2^24 = 0.004 overflows float16.
+    assert (first.finite.tolist(), first.overflowed.tolist()) == ([False], [True])
+    assert difference(before, rig.weights) == 0
+    rig.run(20)
+    scales = np.concatenate([result.loss_scale for result in rig.results])
+    finite = np.concatenate([result.finite for result in rig.results])
+    assert finite[-1] and (np.diff(scales)[~finite[:-1]] == -scales[:-1][~finite[:-1]] / 2).all()
+    assert rig.losses[-1] < rig.losses[0]
+
+
+def test_float16_computes_nearly_what_float32_computes(tmp_path: Path) -> None:
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    exact = make_rig(tmp_path, Tiny(), replicas=2).run(5)
+    keras.config.set_dtype_policy("mixed_float16")
+    half = make_rig(
+        tmp_path,
+        Tiny(),
+        replicas=2,
+        precision__policy=Precision.mixed_float16,
+        precision__initial_loss_scale=128.0,
+    ).run(5)
+    assert all(result.finite.all() for result in half.results)
+    # float16 has 11 bits: 5e-4 a rounding.
+    assert difference(exact.weights, half.weights) < 5e-3
+    norms = [np.concatenate([r.gradient_norm for r in rig.results]) for rig in (exact, half)]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-2)
+
+
+def test_values_are_clipped_after_the_norm(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, Tiny(), optimizer__clip_value=1e-3)
+    before = rig.weights
+    rig.run(1)
+    moved = [np.abs(a - b).max() for a, b in zip(before, rig.weights, strict=True)]
+    assert max(moved) == pytest.approx(0.1 * 1e-3, rel=1e-9)  # learning rate x limit
+
+
+def test_weight_decay_leaves_excluded_variables_alone(tmp_path: Path) -> None:
+    class Constant(Tiny):
+        def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+            return 0.0 * super().loss(batch, outputs)
+
+    rig = make_rig(
+        tmp_path,
+        Constant(),
+        replicas=2,
+        optimizer__weight_decay=0.5,
+        optimizer__weight_decay_exclude=["*kernel"],
+    )
+    for variable in rig.model.trainable_variables:
+        variable.assign(tf.ones_like(variable))
+    rig.run(1)
+    # Decay alone: 1 - learning rate x decay.
+    expected = [1.0 if v.path.endswith("kernel") else 0.95 for v in rig.model.trainable_variables]
+    for weights, value in zip(rig.weights, expected, strict=True):
+        np.testing.assert_allclose(weights, value, rtol=1e-12)
+    with pytest.raises(JobError, match=r"'\*nothing' fits no variable; they are .*kernel"):
+        make_rig(
+            tmp_path,
+            Tiny(),
+            optimizer__weight_decay=0.5,
+            optimizer__weight_decay_exclude=["*nothing"],
+        )
+
+
+def test_averages_follow_the_weights_whatever_the_replicas(tmp_path: Path) -> None:
+    rigs = [make_rig(tmp_path, Tiny(), replicas=r, optimizer__ema_decay=0.9) for r in (1, 2)]
+    expected = [w.copy() for w in rigs[0].weights]
+    for n in range(5):
+        keep = min(0.9, (1 + n) / (10 + n))
+        for rig in rigs:
+            rig.run(1)
+        expected = [
+            keep * a + (1 - keep) * w for a, w in zip(expected, rigs[0].weights, strict=True)
+        ]
+    for rig in rigs:
+        averages = rig.optimizers.averages
+        assert averages is not None
+        trained = rig.weights
+        with averages.in_place():
+            # The decay is a float32 number.
+            assert difference(expected, rig.weights) < 1e-7
+        assert difference(trained, rig.weights) == 0
+
+
+class Words(Tiny):
+    """Looks words up in a table large enough that its gradient is sent as slices."""
+
+    def model(self) -> keras.Model:
+        inputs = keras.layers.Input((8,))
+        words = keras.layers.Embedding(40_000, 8, name="table")(inputs)
+        pooled = keras.layers.GlobalAveragePooling1D()(words)
+        return keras.Model(inputs, keras.layers.Dense(3)(pooled))
+
+    def prepare(self, batch: Batch, *, training: bool, seeds: Any) -> Batch:
+        x = tf.cast(tf.math.floormod(batch["x"] * 1000.0, 40_000.0), tf.int32)
+        return {**batch, "x": x}
+
+
+@pytest.mark.parametrize("optimizer", [OptimizerName.sgd, OptimizerName.adam])
+def test_large_embeddings_travel_as_slices_and_are_updated_as_on_one_device(
+    tmp_path: Path, optimizer: OptimizerName
+) -> None:
+    one = make_rig(tmp_path, Words(), optimizer__name=optimizer).run(4)
+    # 16 examples over 3 replicas: slices of different length.
+    many = make_rig(
+        tmp_path, Words(), replicas=3, optimizer__name=optimizer, train__micro_batches=2
+    )
+    reduced: list[int] = []
+
+    class Counting(tf.distribute.ReductionToOneDevice):
+        def batch_reduce_implementation(self, reduce_op: Any, pairs: Any, options: Any) -> Any:
+            reduced.append(len(pairs))
+            return super().batch_reduce_implementation(reduce_op, pairs, options)
+
+    many.strategy.extended._cross_device_ops = Counting()
+    many.strategy.extended._inferred_cross_device_ops = Counting()
+    many.run(4)
+    assert difference(one.weights, many.weights) < EXACT
+    assert reduced == [3]  # the dense layer's two gradients and the sums, not the table's
+
+
+def test_a_missing_gradient_is_zero_where_that_is_allowed(tmp_path: Path) -> None:
+    class Idle(Tiny):
+        def model(self) -> keras.Model:
+            inputs = keras.layers.Input((8,))
+            model = keras.Model(inputs, keras.layers.Dense(3)(inputs))
+            model.idle = model.add_weight(shape=(2,), name="idle")
+            return model
+
+    rig = make_rig(tmp_path, Idle(), replicas=2, train__allow_missing_gradients=True)
+    idle = np.asarray(rig.model.idle)
+    rig.run(2)
+    np.testing.assert_array_equal(idle, np.asarray(rig.model.idle))
+
+
+@pytest.mark.parametrize("optimizer", list(OptimizerName))
+def test_xla_computes_what_a_graph_computes(tmp_path: Path, optimizer: OptimizerName) -> None:
+    changes: dict[str, Any] = {
+        "optimizer__name": optimizer,
+        "optimizer__learning_rate": 0.01,
+        "optimizer__weight_decay": 0.01,
+        "optimizer__clip_global_norm": 0.5,
+        "optimizer__ema_decay": 0.9,
+    }
+    job = Tiny(normalise=True)
+    graph = make_rig(tmp_path, job, train__compile=Compile.graph, **changes).run(1, 7, 4)
+    compiled = make_rig(tmp_path, job, train__compile=Compile.xla, **changes).run(1, 7, 4)
+    assert difference(graph.weights, compiled.weights) < EXACT
+    assert np.abs(graph.losses - compiled.losses).max() < EXACT
+    assert compiled.step.num_traces == 1
+    assert compiled.ledger == graph.ledger
+
+
+@pytest.mark.parametrize("mode", [Compile.graph, Compile.xla])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, mode: Compile) -> None:
+    class Poisoned(Tiny):
+        def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+            losses = super().loss(batch, outputs)
+            return losses / tf.cast(batch["poison"], losses.dtype)
+
+        def prepare(self, batch: Batch, *, training: bool, seeds: Any) -> Batch:
+            # The second step's positions are 16 to 31.
+            bad = (seeds[:, 0] >= 16) & (seeds[:, 0] < 32) if training else seeds
+            return {**batch, "poison": 1 - tf.cast(bad, tf.int32) if training else 1}
+
+    changes: dict[str, Any] = {
+        "optimizer__name": OptimizerName.adam,
+        "optimizer__weight_decay": 0.1,
+        "optimizer__ema_decay": 0.9,
+        "train__compile": mode,
+    }
+    rig = make_rig(tmp_path, Poisoned(normalise=True), **changes).run(1)
+    state = [v for group in rig.optimizers.variables.values() for v in group]
+    before = [*rig.weights, *(np.asarray(tf.convert_to_tensor(v.value)) for v in state)]
+    rig.run(1)
+    assert rig.results[-1].finite.tolist() == [False]
+    assert rig.results[-1].bad_variable[0].endswith("kernel")
+    after = [*rig.weights, *(np.asarray(tf.convert_to_tensor(v.value)) for v in state)]
+    assert difference(before, after) == 0
+    rig.run(1)
+    assert rig.results[-1].finite.tolist() == [True]
+
+
+def test_auto_tries_xla_once_and_says_what_it_chose(tmp_path: Path) -> None:
+    told: list[str] = []
+    rig = make_rig(tmp_path, Tiny(), train__steps=10_000_000, train__max_block_steps=2_000)
+    rig.step._tell = told.append
+    twin = make_rig(tmp_path, Tiny(), train__compile=Compile.graph)
+    while not told:
+        rig.run(2_000)
+        twin.run(2_000)
+    # The trial leaves no trace in the weights.
+    assert difference(rig.weights, twin.weights) < 1e-9
+    assert rig.ledger == twin.ledger
+    assert f"auto: {rig.step.mode.value} (" in told[0]
+    assert "steps/s as xla" in told[0] and "steps/s as graph" in told[0]
+
+
+def test_auto_stays_a_graph_with_several_replicas_or_determinism(tmp_path: Path) -> None:
+    for changes in ({"replicas": 2}, {"train__deterministic": True}):
+        rig = make_rig(tmp_path, Tiny(), train__steps=10_000_000, **changes).run(1, 500, 500)
+        assert rig.step.mode is Compile.graph

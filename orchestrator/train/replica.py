@@ -1,0 +1,231 @@
+"""One replica's share of a step: its gradients, what its layers moved, and its sums.
+
+For global batch size G, weights w and losses l, a replica differentiates
+
+    (s / G) (sum_i w_i l_i  +  sum_i w_i  x  sum of terms)
+
+in which the scale s / G only keeps the numbers in range: 1/G, times the loss scale with float16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from orchestrator.errors import JobError
+from orchestrator.spec.plan import RunPlan, split_evenly
+from orchestrator.train.data import Shard
+from orchestrator.train.job import Batch, Gradients, Job, flatten_groups
+from orchestrator.train.sums import Layout, weighted_sums
+
+# Below this a dense all-reduce of an embedding's gradient is faster (measured, 2 workers, gRPC).
+_SPARSE_FROM_BYTES = 2**20
+
+
+class Captured(keras.StatelessScope):
+    """Catches what layers assign to their state, so that the step decides what becomes of it.
+
+    Keras's own scope answers None for variables it was not given, which its regularisers then
+    take for the value (keras 3.15, layers/layer.py:_get_regularization_losses).
+    """
+
+    def __init__(self, state: Sequence[tuple[keras.Variable, Any]] = ()):
+        super().__init__(state, collect_losses=True, initialize_variables=False)
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """Return the value assigned in the scope, else the variable itself, which tapes watch."""
+        value = super().get_current_value(variable)
+        return variable._value if value is None else value
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one replica adds to a step, not yet reduced.
+
+    Attributes:
+        gradients: one for each variable, dense or IndexedSlices.
+        moved: the state that layers assigned, by its variable.
+        sums: [sum of weights, weighted loss with its terms, weighted metrics ...].
+        layout: names and widths of the sums after the first.
+    """
+
+    gradients: list[Any]
+    moved: list[tuple[keras.Variable, Any]]
+    sums: Any
+    layout: Layout
+
+
+class Replicas:
+    """Differentiates on this worker's replicas, micro-batch after micro-batch."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        job: Job,
+        model: keras.Model,
+        groups: Mapping[str, Sequence[keras.Variable]],
+        shards: Sequence[Shard],
+    ):
+        self._plan = plan
+        self._job = job
+        self._model = model
+        self._groups = groups
+        self._shards = shards
+        self._seeds = [v for v in model.variables if is_layer_seed(v)]
+        self._moving = [v for v in model.non_trainable_variables if is_moving(v)]
+        self.sum_dtype = _widest(flatten_groups(groups))
+
+    def share(self, local: int, step: Any, raw: Batch, scale: Any) -> Share:
+        """Accumulate over the micro-batches of one replica; call in replica context.
+
+        Args:
+            local: which of this worker's replicas.
+            step: steps done before this one, int64.
+            raw: the features of the replica's examples, not yet prepared.
+            scale: s / G, a number or a scalar.
+        """
+        plan, shard = self._plan, self._shards[local]
+        positions = step * plan.config.train.global_batch_size + shard.offset
+        gradients: list[Any] = []
+        sums: Any = 0.0
+        moved: dict[int, Any] = {}  # index in self._moving -> the state after the micro-batch
+        start = 0
+        for micro, size in enumerate(split_evenly(shard.size, plan.config.train.micro_batches)):
+            rows = {name: value[start : start + size] for name, value in raw.items()}
+            seeds = self._example_seeds(positions + start, size)
+            batch = self._job.prepare(rows, training=True, seeds=seeds)
+            state = [
+                *((self._moving[index], value) for index, value in moved.items()),
+                *zip(self._seeds, self._layer_seeds(local, step, micro), strict=True),
+            ]
+            with Captured(state) as scope:
+                grouped, outcome = self._job.gradients(self._model, batch, scale)
+            moved = {
+                index: scope.state_mapping[id(variable)]
+                for index, variable in enumerate(self._moving)
+                if id(variable) in scope.state_mapping
+            }
+            parts = self._checked(grouped)
+            if micro:
+                parts = [_plus(a, b) for a, b in zip(gradients, parts, strict=True)]
+            gradients = parts
+            layout, part = weighted_sums(outcome, size, self.sum_dtype)
+            sums += part
+            start += size
+        state = [(self._moving[index], value) for index, value in moved.items()]
+        return Share(gradients, state, sums, layout)
+
+    def all_dense(self, local: int, gradients: Sequence[Any]) -> tuple[list[Any], list[bool]]:
+        """Make sparse gradients dense; large ones are first brought together from all replicas.
+
+        Dense gradients make the update equal to that of one device (Keras's own update from
+        slices is a lazy Adam). Of a large embedding only the rows that were used are sent.
+
+        Returns:
+            The dense gradients, and for each whether it is added up over the replicas already.
+        """
+        dense, reduced = [], []
+        context = tf.distribute.get_replica_context()
+        for gradient in gradients:
+            gather = isinstance(gradient, tf.IndexedSlices) and self._is_worth_it(local, gradient)
+            if gather:
+                values = context.all_gather(gradient.values, axis=0)
+                indices = context.all_gather(gradient.indices, axis=0)
+                gradient = tf.IndexedSlices(values, indices, gradient.dense_shape)
+            dense.append(tf.convert_to_tensor(gradient))
+            reduced.append(gather)
+        return dense, reduced
+
+    def _is_worth_it(self, local: int, slices: tf.IndexedSlices) -> bool:
+        """Compare what either way sends; every replica must answer alike."""
+        rows = slices.values.shape[0]
+        shape = tf.get_static_value(slices.dense_shape)
+        if self._plan.num_replicas == 1 or rows is None or shape is None:
+            return False
+        # From the global batch, because the batches of replicas may differ by an example.
+        all_rows = rows * self._plan.config.train.global_batch_size // self._shards[local].size
+        num_bytes = int(shape.prod()) * slices.dtype.size
+        return num_bytes >= _SPARSE_FROM_BYTES and 2 * all_rows < int(shape[0])
+
+    def _checked(self, grouped: Gradients) -> list[Any]:
+        """Return the gradients in the order of the variables, none missing."""
+        checked, missing = [], []
+        for name, variables in self._groups.items():
+            if len(grouped.get(name, ())) != len(variables):
+                raise JobError(
+                    f"gradients() returned {len(grouped.get(name, ()))} gradients for the "
+                    f"parameter group {name!r} of {len(variables)} variables; return one a variable"
+                )
+            for variable, gradient in zip(variables, grouped[name], strict=True):
+                if gradient is None:
+                    missing.append(variable.path)
+                    gradient = tf.zeros(variable.shape, variable.dtype)
+                checked.append(gradient)
+        if missing and not self._plan.config.train.allow_missing_gradients:
+            raise JobError(
+                f"the loss does not depend on {', '.join(missing)}: no gradient; set "
+                "`trainable=False` there, leave it out of parameter_groups(), or take zero for it "
+                "with train.allow_missing_gradients=true"
+            )
+        return checked
+
+    def _example_seeds(self, first_position: Any, size: int) -> Any:
+        positions = first_position + tf.range(size, dtype=tf.int64)
+        seed = tf.fill([size], tf.constant(self._plan.config.train.seed, tf.int64))
+        return tf.stack([positions, seed], axis=1)
+
+    def _layer_seeds(self, local: int, step: Any, micro: int) -> list[Any]:
+        """Return the state of each layer's seed generator for one replica, step and micro-batch.
+
+        A generator adds to the second word with every call within a step, so the step goes into
+        the first.
+        """
+        replica = self._shards[local].offset  # distinct for each replica of the run
+        states = []
+        for index, variable in enumerate(self._seeds):
+            text = f"{self._plan.config.train.seed} {index} {replica} {micro}".encode()
+            first, second = struct.unpack("<II", hashlib.sha256(text).digest()[:8])
+            word = tf.cast((step + first) % 2**32, variable.dtype)
+            states.append(tf.stack([word, tf.cast(second, variable.dtype)]))
+        return states
+
+
+def local_replica(plan: RunPlan) -> int:
+    """Return which of this worker's replicas is being traced; call in replica context."""
+    context = tf.distribute.get_replica_context()
+    # A constant of the graph under every strategy, though TensorFlow hands it out as a tensor.
+    replica = tf.get_static_value(tf.convert_to_tensor(context.replica_id_in_sync_group))
+    return int(replica) % plan.devices_per_worker
+
+
+def is_layer_seed(variable: keras.Variable) -> bool:
+    """Tell whether a variable is the state of a Keras SeedGenerator: it follows from the step."""
+    return variable.path.endswith("seed_generator_state")
+
+
+def is_moving(variable: keras.Variable) -> bool:
+    """Tell whether a variable is float state that a layer may assign, such as a moving mean."""
+    return tf.as_dtype(variable.dtype).is_floating and not is_layer_seed(variable)
+
+
+def _widest(variables: Sequence[keras.Variable]) -> Any:
+    """Return the dtype of the sums: that of the widest gradient, so that they travel with it."""
+    dtypes = {tf.as_dtype(variable.dtype) for variable in variables}
+    return max([*dtypes, tf.float32], key=lambda dtype: dtype.size)
+
+
+def _plus(left: Any, right: Any) -> Any:
+    """Add two gradients; slices stay slices."""
+    if isinstance(left, tf.IndexedSlices) and isinstance(right, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            tf.concat([left.values, right.values], 0),
+            tf.concat([left.indices, right.indices], 0),
+            left.dense_shape,
+        )
+    return tf.convert_to_tensor(left) + tf.convert_to_tensor(right)
