@@ -234,8 +234,8 @@ class Loop:
         raise JobError(
             f"the {what} is not finite at step {step}, worker {self._parts.worker}, examples "
             f"{_guilty_ids(result, index)}{first}; the update was not applied. Look at these "
-            "examples, lower optimizer.learning_rate, set optimizer.clip_global_norm, or skip such updates "
-            "with train.on_nan=skip"
+            "examples, lower optimizer.learning_rate, set optimizer.clip_global_norm, or skip such "
+            "updates with train.on_nan=skip"
         )
 
 

@@ -103,7 +103,8 @@ class TrainStep:
         self._moving: list[keras.Variable] = []
         self._tell = tell
         self._undecided = False
-        self._last = (0, 0.0)  # steps and seconds of the last block
+        self._last = (0, 0.0)  # steps and seconds of the last block that was not the first
+        self._is_traced = False
         asked = plan.config.train.compile
         if asked is Compile.auto:
             # Several replicas cannot be compiled as a whole; results differ in the last bits.
@@ -138,7 +139,9 @@ class TrainStep:
         start = time.monotonic()
         rows, finite, ids = self._call(self.mode, first_step, num_steps, feed)
         result = self._result(rows.numpy(), finite.numpy(), [part.numpy() for part in ids])
-        self._last = (num_steps, time.monotonic() - start)
+        if self._is_traced:
+            self._last = (num_steps, time.monotonic() - start)
+        self._is_traced = True
         return result
 
     def _call(self, mode: Compile, first_step: int, num_steps: int, feed: Feed) -> Any:
