@@ -50,8 +50,8 @@ submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=htt
 test: lint types ## Lint, types, all tests but tests/gpu (args= names others)
 	@exec $(python) -m pytest --durations=10 -rs $(or $(args),--ignore=tests/gpu)
 
-bench: .venv/.stamp-$(device) ## Measure speed against a plain script of the same model
-	@exec $(python) -m benchmarks $(args)
+bench: .venv/.stamp-$(device) ## Measure speed against loops by hand: only=mnist-graph
+	@exec $(python) -m benchmarks $(if $(only),only=$(call quote,$(only))) $(args)
 
 lint: .venv/.stamp-dev ## Check style and format with ruff
 	@$(python) -m ruff check --quiet

@@ -1,0 +1,130 @@
+"""The pure parts of the benchmark; nothing here takes a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import Options, chosen, estimate_s, parse
+from benchmarks.measure import steady
+from benchmarks.report import kept_lines, noise, paired, ratio_line, seconds_line, spread, tables
+from benchmarks.rows import COMMANDS, rows
+from benchmarks.spec import Spec, make_spec
+from benchmarks.state import State
+
+
+def block(first_step: int, num_steps: int, time: float) -> dict[str, float]:
+    return {"first_step": first_step, "num_steps": num_steps, "time": time}
+
+
+def test_ratios_are_of_pairs_and_noise_is_of_neighbours() -> None:
+    assert paired([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    assert noise([1.0, 2.0, 1.0]) == [2.0, 0.5]
+
+
+def test_a_single_pair_has_no_noise() -> None:
+    assert spread(noise([1.0])) == "–"
+
+
+def test_spread_is_median_and_range() -> None:
+    assert spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
+    assert spread([3000.4]) == "3000 (3000 to 3000)"
+
+
+def test_the_first_fifth_of_a_run_is_not_counted() -> None:
+    # 100 steps; the block that ends at 20 is the last of the warm-up: 80 steps in 8 s.
+    blocks = [block(0, 10, 3.0), block(10, 10, 5.0), block(20, 40, 9.0), block(60, 40, 13.0)]
+    sample = steady(1.0, blocks)
+    assert (sample.start_s, sample.steps_per_s) == (2.0, 10.0)
+
+
+def test_a_run_of_one_block_has_no_rate() -> None:
+    assert steady(1.0, [block(0, 10, 3.0)]).steps_per_s == 0.0
+
+
+def test_arguments_are_read() -> None:
+    asked = parse(["only=start,help", "pairs=2", "seconds=0.5", "fresh=true"])
+    assert asked == Options(only=("start", "help"), pairs=2, seconds=0.5, fresh=True)
+
+
+@pytest.mark.parametrize("argument", ["pairs=many", "pairs=0", "fresh=yes", "7", "rows=all"])
+def test_arguments_that_do_not_fit_are_refused(argument: str) -> None:
+    with pytest.raises(SystemExit, match=r"does not fit|is meant|above zero"):
+        parse([argument])
+
+
+def test_a_pattern_chooses_rows() -> None:
+    ratios, commands = chosen(("mnist-*", "help"))
+    assert {row.name for row in ratios} == {
+        row.name for row in rows() if row.name.startswith("mnist-")
+    }
+    assert [row.name for row in commands] == ["help"]
+
+
+def test_an_unknown_row_is_refused_with_the_names() -> None:
+    with pytest.raises(SystemExit, match=r"only=minst: no such row; there are mnist-graph"):
+        chosen(("minst",))
+
+
+def test_rows_have_names_of_their_own() -> None:
+    names = [row.name for row in [*rows(), *COMMANDS]]
+    assert len(set(names)) == len(names)
+
+
+def test_samples_outlive_an_interrupt(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    State(path, "one").add("a / b", [1.0, 2.0])
+    State(path, "one").add("a / b", [3.0, 4.0])
+    assert State(path, "one").samples("a / b") == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_samples_of_another_commit_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    State(path, "one").add("a / b", [1.0])
+    assert State(path, "two").samples("a / b") == []
+    assert State(path, "one").samples("a / b") == [[1.0]]
+
+
+def test_fresh_forgets_this_commit_only(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    State(path, "one").add("a", [1.0])
+    State(path, "two").add("a", [2.0])
+    State(path, "one", fresh=True).add("a", [3.0])
+    assert json.loads(path.read_text()) == {"two": {"a": [[2.0]]}, "one": {"a": [[3.0]]}}
+
+
+def test_pairs_that_two_rows_share_are_estimated_once(tmp_path: Path) -> None:
+    state = State(tmp_path / "state.json", "one")
+    by_name = {row.name: row for row in rows()}
+    rate, start = by_name["mnist-train"], by_name["mnist-train-start"]
+    assert rate.pair == start.pair
+    both = estimate_s([rate, start], Options(), state)
+    assert both == estimate_s([rate], Options(), state) > 0
+
+
+def test_rows_of_other_days_stay_in_the_table() -> None:
+    old = ratio_line("gan-graph", "gan", "≥ 0.98", [1.0], [1.0], "2020-01-01 abc")
+    new = ratio_line("mnist-graph", "mnist", "≥ 0.98", [2.0], [1.0], "2020-01-02 def")
+    again = seconds_line("help", "`--help`", "< 1", [0.1], "2020-01-02 def")
+    text = tables({"gan-graph": old}, ["mnist-graph", "gan-graph"], ["help"], "machine")
+    lines = kept_lines(text) | {"mnist-graph": new, "help": again}
+    text = tables(lines, ["mnist-graph", "gan-graph"], ["help"], "machine")
+    assert list(kept_lines(text)) == ["mnist-graph", "gan-graph", "help"]
+    assert kept_lines(text)["gan-graph"] == old
+
+
+def test_a_comparator_is_told_what_our_plan_says() -> None:
+    spec = make_spec("mnist", ("train.global_batch_size=16", "train.seed=3"), 100, 2.0)
+    assert (spec.batch_size, spec.seed, spec.optimizer) == (16, 3, "adam")
+    assert spec.arguments == {"learning_rate": 0.001}
+    assert Spec.from_json(spec.to_json()) == spec
+
+
+def test_parameter_groups_keep_their_own_learning_rates() -> None:
+    spec = make_spec("gan", (), 100, 2.0)
+    assert spec.groups == {
+        "generator": {"learning_rate": 0.001},
+        "discriminator": {"learning_rate": 0.001},
+    }
