@@ -9,7 +9,15 @@ from orchestrator.spec.schema import OptimizerName, Precision, RunConfig, Schedu
 from orchestrator.spec.variants import Comparison, Variant
 from orchestrator.verdict import Verdict
 
-_HEADER = ("", "loss", "gradient norm", "variables", "examples", "", "s")
+_HEADER = (
+    "largest difference from one device",
+    "loss",
+    "gradient norm",
+    "variables",
+    "examples",
+    "",
+    "s",
+)
 _MANY = 4
 
 
