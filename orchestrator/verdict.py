@@ -12,7 +12,6 @@ from orchestrator.spec.variants import Comparison
 # step -> variable -> "largest" and "relative", as orchestrator/train/difference.py finds them
 Differences = Mapping[int, Mapping[str, Mapping[str, float]]]
 
-GRADIENT_NORM = "gradient_norm"  # the metric of BlockDone: before clipping, over all replicas
 # A variable that moves by less than this share of the most moved has no gradient but rounding.
 _STILL = 1e-9
 
@@ -23,7 +22,7 @@ class Trace:
 
     Attributes:
         loss: of each step.
-        norm: of each step's gradient; empty if the workers do not tell it.
+        norm: of each step's gradient, before clipping.
         ledger: which examples were used up to a step, summed over all workers.
         substituted: what was changed in the model.
     """
@@ -42,8 +41,7 @@ class Trace:
         steps = range(message.first_step + 1, message.first_step + message.num_steps + 1)
         if message.worker == 0:
             self.loss |= dict(zip(steps, message.loss, strict=True))
-            norms = message.metrics.get(GRADIENT_NORM, ())
-            self.norm |= dict(zip(steps, norms, strict=False))
+            self.norm |= dict(zip(steps, message.metrics["gradient_norm"], strict=True))
         end = steps[-1]
         self.ledger[end] = (self.ledger.get(end, 0) + message.ledger) % 2**64
 
@@ -64,7 +62,7 @@ class Verdict:
 
     Attributes:
         loss: the largest difference over all steps.
-        norm: that of the gradient's norm; None if it was not told.
+        norm: that of the gradient's norm.
         variables: the largest difference of a variable over all checkpoints.
         same_examples: every step used the same examples.
         step: the first step that differs, or None: the runs agree.
@@ -74,7 +72,7 @@ class Verdict:
     """
 
     loss: float
-    norm: float | None
+    norm: float
     variables: float
     same_examples: bool
     step: int | None = None
@@ -117,8 +115,7 @@ def judge(
         still: variables whose gradient is rounding noise; left out.
     """
     loss = _series(reference.loss, other.loss, comparison)
-    told = bool(reference.norm) and bool(other.norm)
-    norm = _series(reference.norm, other.norm, comparison) if told else {}
+    norm = _series(reference.norm, other.norm, comparison)
     measure = "relative" if comparison.relative else "largest"
     variables = {
         step: {key: e[measure] for key, e in found.items() if not _is_still(key, still)}
@@ -140,7 +137,7 @@ def judge(
     variable = max(errors, key=errors.__getitem__, default="")
     return Verdict(
         loss=max(loss.values(), default=math.inf),
-        norm=max(norm.values(), default=math.inf) if told else None,
+        norm=max(norm.values(), default=math.inf),
         variables=max(worst.values(), default=math.inf),
         same_examples=not other_examples,
         step=step,

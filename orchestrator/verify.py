@@ -48,7 +48,6 @@ from orchestrator.verify_table import substitutions, table
 _DIFFERENCE = PROJECT_DIR / "orchestrator" / "train" / "difference.py"
 _DIFFERENCE_TIMEOUT_S = 300.0
 _AT_ONCE = 2  # runs at a time: each takes 0.4 GB and more, and CPUs are shared out between them
-_FALLBACK_CLIP = 0.05  # where workers do not tell the norm of the gradient
 _NORM_STEPS = 5
 
 
@@ -274,10 +273,10 @@ class _Verification:
         variants = make_variants(
             self._config, num_gpus=self._runs.num_gpus, has_batch_norm=has_batch_norm
         )
+        # Half the median: most steps are clipped.
         norms = list(first.trace.norm.values())[:_NORM_STEPS]
-        # Half the median: most steps are clipped, some are not.
-        self._clip = statistics.median(norms) / 2 if norms else _FALLBACK_CLIP
-        self._tell(comparisons, changed, is_measured=bool(norms))
+        self._clip = statistics.median(norms) / 2
+        self._tell(comparisons, changed)
         rest = [
             self._runs.plan(comparison, variant, self._clip)
             for comparison in comparisons
@@ -288,9 +287,7 @@ class _Verification:
         self._made |= {(run.comparison.name, run.variant.name): run for run in rest}
         return self._judge(comparisons, variants)
 
-    def _tell(
-        self, comparisons: list[Comparison], changed: Substituted | None, *, is_measured: bool
-    ) -> None:
+    def _tell(self, comparisons: list[Comparison], changed: Substituted | None) -> None:
         device = "GPU" if self._runs.num_gpus else "CPU"
         print(f"verify {self._config.job.name}: global batch {self._batch}, on {device} devices")
         lines = substitutions(
@@ -300,7 +297,6 @@ class _Verification:
             batch=self._batch,
             replicas=uneven_replicas(self._runs.num_gpus),
             clip=self._clip or 0.0,
-            is_measured=is_measured,
         )
         print("in place of what the job says:")
         for line in lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.spec.messages import Substituted
-from orchestrator.spec.schema import OptimizerName, Precision, RunConfig, ScheduleName
+from orchestrator.spec.schema import Compile, OptimizerName, Precision, RunConfig, ScheduleName
 from orchestrator.spec.variants import Comparison, Variant
 from orchestrator.verdict import Verdict
 
@@ -29,7 +29,6 @@ def substitutions(
     batch: int,
     replicas: int,
     clip: float,
-    is_measured: bool,
 ) -> list[str]:
     """Return what differs from what `train` would do, a line each.
 
@@ -40,7 +39,6 @@ def substitutions(
         batch: the global batch size of all runs.
         replicas: how many replicas it must not divide by.
         clip: limit of the gradient's norm in runs that clip.
-        is_measured: the limit comes from the reference's own gradients.
     """
     lines = [f"{comparison.name}: {comparison.title}" for comparison in comparisons]
     if batch != config.train.global_batch_size:
@@ -48,8 +46,12 @@ def substitutions(
             f"train.global_batch_size {config.train.global_batch_size} -> {batch}, which "
             f"{replicas} replicas do not divide"
         )
-    source = "half the median of the first steps' norms" if is_measured else "a fixed number"
-    lines.append(f"clipped runs: optimizer.clip_global_norm {clip:.3g}, {source}")
+    if config.train.compile is not Compile.eager:
+        lines.append(f"train.compile {config.train.compile.value} -> graph, as replicas need it")
+    lines.append(
+        f"clipped runs: optimizer.clip_global_norm {clip:.3g}, half the median of the first "
+        "steps' norms"
+    )
     if config.schedule.name is not ScheduleName.constant or config.schedule.warmup_steps:
         lines.append(f"schedule {config.schedule.name.value} -> constant, without warm-up")
     if config.precision.policy not in (Precision.float32, Precision.float64):
@@ -89,7 +91,7 @@ def table(rows: Sequence[tuple[Variant, Verdict, float]], batch: int) -> list[st
             (
                 variant.title(batch),
                 f"{verdict.loss:.1e}",
-                "not told" if verdict.norm is None else f"{verdict.norm:.1e}",
+                f"{verdict.norm:.1e}",
                 f"{verdict.variables:.1e}",
                 "the same" if verdict.same_examples else "others",
                 "proven" if verdict.agrees else "DIFFERS",

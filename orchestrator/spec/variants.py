@@ -236,7 +236,8 @@ def variant_plan(
     train.global_batch_size = uneven_batch_size(train.global_batch_size, host.num_gpus)
     train.micro_batches = variant.micro_batches
     train.epochs, train.steps = None, comparison.steps
-    train.compile = Compile.graph if train.compile is Compile.xla else train.compile
+    if train.compile is not Compile.eager:
+        train.compile = Compile.graph  # several replicas cannot be compiled by XLA
     config.data.num_eval_examples = 0
     config.checkpoint.every_steps, config.checkpoint.every_s = comparison.every_steps, None
     config.checkpoint.keep = comparison.steps

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from orchestrator.train.step import is_layer_seed
+from orchestrator.train.replica import is_layer_seed
 
 # How strongly a layer drops or disturbs, by the attribute that it reads at every call: the layers
 # of keras.layers.regularization and the cells of recurrent layers (keras 3.15).
