@@ -23,7 +23,7 @@ job = $(if $(conf),job=$(call quote,$(conf)))
 stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
     [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
 
-.PHONY: help setup train plan config ui submit test bench lint types lock clean FORCE
+.PHONY: help setup train plan config verify ui submit test bench lint types lock clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## Print these lines
@@ -40,6 +40,9 @@ plan: .venv/.stamp-$(device) ## Print what a training would do: conf=mnist
 
 config: .venv/.stamp-$(device) ## Print the resolved configuration of a job: conf=mnist
 	$(orchestrator) config $(job) $(args)
+
+verify: .venv/.stamp-$(device) ## Prove that N workers compute what one computes: conf=mnist
+	$(orchestrator) verify $(job) $(args)
 
 ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface
 	$(orchestrator) ui $(args)

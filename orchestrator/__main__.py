@@ -16,11 +16,13 @@ _VERBS = {
     "train": "train a job: train job=mnist strategy=multi_worker strategy.num_workers=2",
     "plan": "print what a run would do, without starting anything",
     "config": "print the resolved configuration",
+    "verify": "prove that replicas, workers and micro-batches compute what one device computes",
     "submit": "run train on a Ray cluster: submit job=mnist cluster.address=http://head:8265 ...",
     "runs": "runs sync RUN: write a run's journal into MLflow once more",
     "ui": "open the MLflow UI",
 }
 _MEANING = {
+    ExitCode.DIFFERENCE: "verify found a difference",
     ExitCode.REFUSED: "configuration or plan refused",
     ExitCode.JOB_FAILED: "the job's own code or data failed",
     ExitCode.NOTHING_TO_RESTORE: "no valid checkpoint to resume from",
@@ -73,6 +75,7 @@ def _run(verb: str, rest: list[str]) -> int:
         "train": _train,
         "plan": _plan,
         "config": _config,
+        "verify": _verify,
         "submit": _submit,
         "runs": _runs,
         "ui": _ui,
@@ -131,6 +134,15 @@ def _config(overrides: list[str], config_dir: Path | None) -> int:
 
     print(to_yaml(load_config(overrides, config_dir)), end="")
     return int(ExitCode.DONE)
+
+
+def _verify(overrides: list[str], config_dir: Path | None) -> int:
+    from orchestrator.verify import verify
+
+    code = verify(overrides, config_dir, Path.cwd())
+    if code is not ExitCode.DONE:
+        print(f"exit code {code:d}: {_MEANING[code]}", file=sys.stderr)
+    return int(code)
 
 
 def _submit(overrides: list[str], config_dir: Path | None) -> int:

@@ -76,7 +76,7 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
     if past is not None:
         overrides = merge_overrides(read_overrides(past.paths), overrides)
         config = load_config(overrides, config_dir)
-    notices = _clean_environment(config)
+    notices = clean_environment(config)
     apply_ray_settings(config.cluster.name)
     with ExitStack() as stack:
         zygote = _start_zygote(config, stack)
@@ -129,7 +129,8 @@ def sync(run: str, cwd: Path) -> ExitCode:
     return ExitCode.DONE
 
 
-def _clean_environment(config: RunConfig) -> list[str]:
+def clean_environment(config: RunConfig) -> list[str]:
+    """Drop variables that would change what workers do; return what to say about them."""
     notices, changes = inspect_environment(os.environ, config)
     for name, value in changes.items():
         if value is None:

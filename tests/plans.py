@@ -66,6 +66,7 @@ def tiny_config(**changes: Any) -> s.RunConfig:
             uri=None, experiment=None, required=False, log_every_steps="auto", timeout_s=5.0
         ),
         export=s.ExportConfig(enabled=True, register=None),
+        verify=s.VerifyConfig(steps=20, own_steps=3, variants=list(s.VariantName)),
         runs_dir="runs",
         run_name=None,
         resume=None,

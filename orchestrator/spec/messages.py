@@ -108,6 +108,21 @@ class DataUsed(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Substituted(Message):
+    """What a run that is compared with others has changed in its model: names of layers.
+
+    Attributes:
+        silenced: layers that no longer drop or add anything at random.
+        synchronised: BatchNorm layers that normalise over all replicas.
+        random: layers that draw random numbers and could not be silenced.
+    """
+
+    silenced: tuple[str, ...]
+    synchronised: tuple[str, ...]
+    random: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockDone(Message):
     """One block of steps: `steps first_step+1 .. first_step+num_steps` are done.
 
@@ -226,6 +241,7 @@ MESSAGE_KINDS: dict[str, type[Message]] = {
         Beacon,
         Ready,
         DataUsed,
+        Substituted,
         BlockDone,
         Evaluated,
         Saved,

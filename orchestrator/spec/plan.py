@@ -45,6 +45,8 @@ class RunPlan:
         data_dir: where downloads are kept, absolute.
         data_path: the user's own data, absolute, or None.
         artifact_root: where a local SQLite store keeps artifacts; None for a server, which decides.
+        verifying: the run is compared with others: what draws other numbers on each replica is
+            switched off in the model. Only `verify` sets it.
     """
 
     config: RunConfig
@@ -64,6 +66,7 @@ class RunPlan:
     artifact_root: str | None
     data_dir: str
     data_path: str | None
+    verifying: bool = False
 
     @property
     def num_replicas(self) -> int:

@@ -70,6 +70,15 @@ class Precision(Enum):
     mixed_float16 = "mixed_float16"
 
 
+class VariantName(Enum):
+    """What `verify` compares with one device."""
+
+    mirrored = "mirrored"
+    multi_worker = "multi_worker"
+    micro_batches = "micro_batches"
+    uneven = "uneven"
+
+
 class Placement(Enum):
     """How Ray spreads workers over nodes: the names of its placement strategies."""
 
@@ -227,6 +236,15 @@ class ExportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class VerifyConfig:
+    """What `verify` compares; training does not read it."""
+
+    steps: int
+    own_steps: int
+    variants: list[VariantName]
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Everything a run is made from."""
 
@@ -242,6 +260,7 @@ class RunConfig:
     recovery: RecoveryConfig
     tracking: TrackingConfig
     export: ExportConfig
+    verify: VerifyConfig
     runs_dir: str
     run_name: str | None
     resume: str | None

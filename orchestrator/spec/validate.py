@@ -71,6 +71,8 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
         ("precision.initial_loss_scale", config.precision.initial_loss_scale, 1),
         ("cluster.cpus_per_worker", config.cluster.cpus_per_worker, 1),
+        ("verify.steps", config.verify.steps, 1),
+        ("verify.own_steps", config.verify.own_steps, 1),
     ]
     positive: list[tuple[str, float | None]] = [
         ("train.epochs", config.train.epochs),

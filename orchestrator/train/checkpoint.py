@@ -23,7 +23,7 @@ from orchestrator.train import store
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.replica import is_layer_seed
 
-_BUNDLE = "variables"
+BUNDLE = "variables"
 
 
 def named_variables(model: keras.Model, optimizers: Optimizers) -> dict[str, keras.Variable]:
@@ -112,7 +112,7 @@ class Saver:
             raise StorageError(f"cannot stage a checkpoint in {staged}: {error}") from error
         with tf.device("CPU:0"):
             tf.raw_ops.SaveV2(
-                prefix=str(staged / _BUNDLE),
+                prefix=str(staged / BUNDLE),
                 tensor_names=list(snapshot),
                 shape_and_slices=[""] * len(snapshot),
                 tensors=list(snapshot.values()),
@@ -145,8 +145,8 @@ def restore(path: Path, variables: Mapping[str, keras.Variable]) -> int:
         manifest = store.read_manifest(path)
     except (OSError, ValueError) as error:
         raise RestoreError(f"checkpoint {path}: {error}") from error
-    saved = {_position(key): (key, entry) for key, entry in manifest["variables"].items()}
-    wanted = {_position(key): (key, variable) for key, variable in variables.items()}
+    saved = {place_of(key): (key, entry) for key, entry in manifest["variables"].items()}
+    wanted = {place_of(key): (key, variable) for key, variable in variables.items()}
     differences = _differences(saved, wanted)
     if differences:
         shown = "\n".join(f"  {line}" for line in differences[:12])
@@ -155,13 +155,13 @@ def restore(path: Path, variables: Mapping[str, keras.Variable]) -> int:
             f"checkpoint {path} does not fit this model and optimizer:\n{shown}{more}\n"
             "resume with the configuration and job it was made with, or start a new run"
         )
-    reader = tf.train.load_checkpoint(str(path / _BUNDLE))
+    reader = tf.train.load_checkpoint(str(path / BUNDLE))
     for position, (_, variable) in wanted.items():
         variable.assign(reader.get_tensor(saved[position][0]))
     return int(manifest["step"])
 
 
-def _position(key: str) -> str:
+def place_of(key: str) -> str:
     """Return the part of a key that does not depend on the process: section and index."""
     return key.split(":", 1)[0]
 

@@ -24,6 +24,7 @@ from orchestrator.spec.messages import (
     Phase,
     Ready,
     Request,
+    Substituted,
     WorkerOrder,
 )
 from orchestrator.spec.plan import RunPlan
@@ -41,6 +42,7 @@ from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.report import Reporter
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.step import TrainStep
+from orchestrator.train.substitutions import substitute
 
 
 def run(
@@ -133,6 +135,8 @@ def _make(order: WorkerOrder, reporter: Reporter) -> _Made:
     with strategy.scope():
         model = checked_model(job, train_source)
         optimizers = Optimizers(plan, job.parameter_groups(model))
+    if plan.verifying:
+        reporter.tell(Substituted, **substitute(model))
     return _Made(
         devices=devices,
         strategy=strategy,
