@@ -14,7 +14,7 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.train.report import Reporter
 from orchestrator.train.sources import Source, Split
 
-_SUMMARY_COLUMNS = 100
+_SUMMARY_COLUMNS = 80
 
 
 def tell_data(reporter: Reporter, split: Split, source: Source) -> None:
