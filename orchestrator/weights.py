@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def find_weights(config: RunConfig, cwd: Path) -> str | None:
         return str(path)
     if (path / store.MANIFEST).is_file():
         return str(_checked(path, asked))
-    roots = [path, runs_dir / asked, *sorted(runs_dir.glob(f"*/{_literal(asked)}"))]
+    roots = [path, runs_dir / asked]
+    if Path(asked).name == asked:
+        roots += sorted(runs_dir.glob(f"*/{glob.escape(asked)}"))
     for root in roots:
         checkpoints_dir = RunPaths(root).checkpoints_dir
         if checkpoints_dir.is_dir():
@@ -44,11 +47,6 @@ def find_weights(config: RunConfig, cwd: Path) -> str | None:
         f"train.init_from={asked}: neither a run in {runs_dir}, nor a checkpoint folder, nor a "
         f"{_KERAS_FILE} file; {_candidates(runs_dir)}"
     )
-
-
-def _literal(name: str) -> str:
-    """Return a glob pattern that matches a folder of this name only, and nothing for a path."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name) if Path(name).name == name else "."
 
 
 def _checked(path: Path, asked: str) -> Path:

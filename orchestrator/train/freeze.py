@@ -24,7 +24,8 @@ def freeze(job: Job, model: keras.Model, patterns: Sequence[str]) -> str:
     Args:
         job: whose `parameter_groups` are narrowed.
         model: the built model.
-        patterns: as in a shell, on paths such as `backbone/dense_1/kernel`; `*` also matches `/`.
+        patterns: as in a shell, on paths below the model such as `backbone/dense_1/kernel`; `*`
+            also matches `/`.
 
     Returns:
         What is frozen, for the log.
@@ -32,10 +33,10 @@ def freeze(job: Job, model: keras.Model, patterns: Sequence[str]) -> str:
     Raises:
         JobError: a pattern matches nothing that could be trained, or nothing is left to train.
     """
-    names = stable_names(model)
-    candidates = [(v, renamed(v.path, names)) for v in model.trainable_variables]
+    paths = _Paths(model)
+    candidates = [(v, paths.of(v)) for v in model.trainable_variables]
     for pattern in patterns:
-        _freeze_layers(model, pattern, names)
+        _freeze_layers(model, pattern, paths)
         for variable, path in candidates:
             if _matches(pattern, path):
                 variable.trainable = False
@@ -52,16 +53,27 @@ def freeze(job: Job, model: keras.Model, patterns: Sequence[str]) -> str:
     return "\n".join([*lines, *(f"  {path}" for path in frozen)])
 
 
+class _Paths:
+    """Paths of variables below the model: some kinds of models put their own name in front."""
+
+    def __init__(self, model: keras.Model):
+        self._names = stable_names(model)
+        self._prefix = f"{model.name}/"
+
+    def of(self, variable: keras.Variable) -> str:
+        return renamed(variable.path.removeprefix(self._prefix), self._names)
+
+
 def _matches(pattern: str, path: str) -> bool:
     """Tell whether a pattern matches a variable or a layer that it belongs to."""
     parts = path.split("/")
     return any(fnmatchcase("/".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
-def _freeze_layers(model: keras.Model, pattern: str, names: dict[str, str]) -> None:
+def _freeze_layers(model: keras.Model, pattern: str, paths: _Paths) -> None:
     for layer in model._flatten_layers():
-        paths = [renamed(variable.path, names) for variable in layer.variables]
-        if paths and all(_matches(pattern, path) for path in paths):
+        own = [paths.of(variable) for variable in layer.variables]
+        if own and all(_matches(pattern, path) for path in own):
             layer.trainable = False
 
 

@@ -30,9 +30,10 @@ class Loaded:
 
     Attributes:
         matched: paths that were loaded.
-        missing: paths of the model that the source does not have; they keep their initial values.
-        extra: paths of the source that the model does not have.
-        reshaped: `path: shape there, shape here` of those left as they are.
+        missing: paths of the model that nothing in the source fits; they keep their initial values.
+        extra: paths of the source that the model does not have; unknown of a `.weights.h5` file.
+        reshaped: `path: shape there, shape here` of those left as they are; of a `.weights.h5` file
+            these are among the missing.
     """
 
     matched: list[str]
@@ -44,7 +45,7 @@ class Loaded:
         """Return the counts, and the paths of all but the matched ones."""
         lines = [f"{len(self.matched)} of the model's variables were loaded"]
         for what, paths in (
-            ("only in the model, left as initialised", self.missing),
+            ("without a match in the source, left as initialised", self.missing),
             ("only in the source, not used", self.extra),
             ("of another shape, left as initialised", self.reshaped),
         ):

@@ -92,10 +92,12 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
     tell_ready(order, reporter, made.devices, made.model, start_step)
 
     parts = _assemble(order, reporter, pending, made)
-    outcome, step = Loop(parts).run(start_step)
+    try:
+        outcome, step = Loop(parts).run(start_step)
+    finally:
+        if parts.profile is not None:
+            parts.profile.close()
     parts.feeder.close()
-    if parts.profile is not None:
-        parts.profile.close()
     if is_chief and outcome is Outcome.completed:
         _tell_end(reporter, made, parts.best)
 

@@ -28,6 +28,7 @@ from orchestrator.train import store
 from orchestrator.train.best import BestEvaluation
 from orchestrator.train.checkpoint import read_model
 from tests.plans import tiny_plan
+from tests.train.rig import make_rig
 from tests.train.test_worker import live, only
 from tests.train.tiny import Tiny
 
@@ -98,7 +99,9 @@ def test_a_metric_that_no_evaluation_has_is_refused() -> None:
 @pytest.mark.parametrize(
     ("keep", "best", "left"), [(2, None, [3, 4]), (2, 1, [1, 3, 4]), (2, 4, [3, 4]), (1, 9, [4])]
 )
-def test_prune_spares_the_best(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
+def test_prune_spares_the_best(
+    tmp_path: Path, keep: int, best: int | None, left: list[int]
+) -> None:
     for step in range(1, 5):
         (tmp_path / store.checkpoint_name(step)).mkdir()
     store.prune(tmp_path, keep, best)
@@ -215,9 +218,14 @@ def test_a_damaged_best_checkpoint_is_not_exported(tmp_path: Path) -> None:
     last = Path(only(told, Saved)[-1].path)
     best = last.with_name(store.checkpoint_name(2))
     (best / "variables.index").write_bytes(b"spoilt")
-    told = live(
-        tmp_path, attempt=2, restore_from=str(last), export__weights=Weights.best, **RISING
-    )
+    told = live(tmp_path, attempt=2, restore_from=str(last), export__weights=Weights.best, **RISING)
     [failed] = only(told, Failed)
     assert "variables.index has 6 bytes" in failed.error
     assert "export.weights=last" in failed.error
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_metrics_are_known_before_the_first_evaluation(tmp_path: Path, replicas: int) -> None:
+    evaluation = make_rig(tmp_path, Tiny(), replicas=replicas).evaluation
+    assert evaluation.metric_names() == ["loss", "accuracy"] == list(evaluation.run())
+    assert evaluation.num_traces == 1
