@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -50,6 +51,7 @@ from orchestrator.track.mlflow_projection import Report, check
 from orchestrator.track.mlflow_projection import sync as sync_run
 from orchestrator.track.record import Record
 from orchestrator.train import store
+from orchestrator.weights import find_weights
 
 _FINISH_DEADLINE_S = 60.0
 
@@ -83,11 +85,15 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         is_joining = config.cluster.name is ClusterName.existing
         host = _join_cluster(config) if is_joining else local_host()
         make_plan(config, run="checked", host=host, cwd=cwd)  # refused before there is a folder
+        # A checkpoint of the run itself goes before the weights it once began with.
+        is_resumable = past is not None and store.list_checkpoints(past.paths.checkpoints_dir)
+        init_from = None if is_resumable else find_weights(config, cwd)
         paths = past.paths if past is not None else create_run(config, cwd)
         if past is None:
             stack.callback(_discard_unused, paths)
         stack.callback(Lease(paths).release)
         plan = make_plan(config, run=paths.root.name, host=host, cwd=cwd)
+        plan = dataclasses.replace(plan, init_from=init_from)
         if past is not None:
             notices += compare(past, plan, flatten(config))
         screen = stack.enter_context(

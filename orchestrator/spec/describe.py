@@ -11,6 +11,7 @@ from orchestrator.spec.schema import (
     OptimizerConfig,
     ScheduleName,
     StrategyName,
+    Weights,
 )
 from orchestrator.spec.secrets import mask_text, masked
 
@@ -39,6 +40,7 @@ def describe(plan: RunPlan) -> str:
         ("steps", _steps(plan)),
         ("evaluation", _evaluation(plan)),
         ("checkpoints", _checkpoints(plan)),
+        *_on_request(plan),
         ("optimizer", _optimizer(plan)),
         ("data", _data(plan)),
         ("precision", f"{config.precision.policy.value}, {_compile(plan)}"),
@@ -137,6 +139,30 @@ def _checkpoints(plan: RunPlan) -> str:
     return f"{', '.join(filter(None, when))}, the newest {checkpoint.keep} are kept"
 
 
+def _on_request(plan: RunPlan) -> list[tuple[str, str]]:
+    """Rows for what most runs do without."""
+    best, train = plan.config.best, plan.config.train
+    rows = []
+    if best.metric is not None:
+        margin = f", by more than {best.min_delta:g}" if best.min_delta else ""
+        rows.append(
+            ("best", f"eval/{best.metric}, {best.mode.value}{margin}, its checkpoint is kept")
+        )
+    if best.patience is not None:
+        rows.append(
+            ("ends early", f"after {_count(best.patience, 'evaluation')} without a better one")
+        )
+    if train.max_time_s is not None:
+        rows.append(("ends early", f"saves and stops after {train.max_time_s:g} s of training"))
+    if plan.init_from is not None:
+        rows.append(("begins with", f"the weights of {plan.init_from}"))
+    if train.freeze:
+        rows.append(("frozen", ", ".join(train.freeze)))
+    if plan.profile_steps is not None:
+        rows.append(("profile", f"steps {plan.profile_steps[0]:,} to {plan.profile_steps[1]:,}"))
+    return rows
+
+
 def _optimizer(plan: RunPlan) -> str:
     optimizer: OptimizerConfig = plan.config.optimizer
     schedule = plan.config.schedule
@@ -179,7 +205,8 @@ def _export(plan: RunPlan) -> str:
     if not export.enabled:
         return "none"
     name = f", registered as {export.register}" if export.register else ""
-    return f"SavedModel, proven in a clean process{name}"
+    which = " of the best evaluation" if export.weights is Weights.best else ""
+    return f"SavedModel{which}, proven in a clean process{name}"
 
 
 def _hints(plan: RunPlan) -> list[str]:

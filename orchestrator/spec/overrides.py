@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.errors import ConfigError
 from orchestrator.spec.schema import RunConfig
 
-GROUPS = ("job", "strategy", "cluster", "optimizer", "schedule")
+GROUPS = ("job", "strategy", "cluster", "optimizer", "schedule", "debug")
 _FREE_SECTION = "job.args."
 # Set by load_config, or Hydra's own: not for people.
 _INTERNAL = ("code_dirs", "hydra")

@@ -76,6 +76,16 @@ class RunPaths:
         return self.export_dir / "proof.json"
 
     @property
+    def model_summary(self) -> Path:
+        """The model's layers and parameters, as Keras prints them."""
+        return self.root / "model.txt"
+
+    @property
+    def profile_dir(self) -> Path:
+        """What TensorFlow's profiler wrote; TensorBoard reads it."""
+        return self.root / "profile"
+
+    @property
     def logs_dir(self) -> Path:
         """Logs of the driver and of each worker of each attempt."""
         return self.root / "logs"

@@ -11,6 +11,7 @@ from pathlib import Path
 from orchestrator.errors import PlanError
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.schema import ClusterName, RunConfig, StrategyName
+from orchestrator.spec.validate_train import parse_profile_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class RunPlan:
         tracking_uri: MLflow's tracking URI, absolute.
         data_dir: where downloads are kept, absolute.
         data_path: the user's own data, absolute, or None.
+        init_from: the weights to begin with: as configured until the driver has found their path.
+        profile_steps: the first and the last step to profile, counted from 1, or None.
         artifact_root: where a local SQLite store keeps artifacts; None for a server, which decides.
         verifying: the run is compared with others: what draws other numbers on each replica is
             switched off in the model. Only `verify` sets it.
@@ -66,6 +69,8 @@ class RunPlan:
     artifact_root: str | None
     data_dir: str
     data_path: str | None
+    init_from: str | None
+    profile_steps: tuple[int, int] | None
     verifying: bool = False
 
     @property
@@ -135,6 +140,8 @@ def make_plan(config: RunConfig, *, run: str, host: Host, cwd: Path) -> RunPlan:
         artifact_root=str(root / "mlartifacts") if uri.startswith("sqlite:") else None,
         data_dir=str((cwd / config.data.cache_dir).resolve()),
         data_path=None if config.data.path is None else str((cwd / config.data.path).resolve()),
+        init_from=config.train.init_from,
+        profile_steps=_profile_steps(config, total_steps),
     )
 
 
@@ -185,6 +192,18 @@ def _total_steps(config: RunConfig, steps_per_epoch: Fraction) -> int:
     if config.train.steps is not None:
         return config.train.steps
     return math.ceil(_exact(config.train.epochs or 0.0) * steps_per_epoch)
+
+
+def _profile_steps(config: RunConfig, total_steps: int) -> tuple[int, int] | None:
+    if config.train.profile_steps is None:
+        return None
+    first, last = parse_profile_steps(config.train.profile_steps)
+    if last > total_steps:
+        raise PlanError(
+            f"train.profile_steps={config.train.profile_steps} is beyond the run of {total_steps} "
+            "steps (train.steps, train.epochs)"
+        )
+    return first, last
 
 
 def _eval_period(config: RunConfig, steps_per_epoch: Fraction) -> Fraction | None:

@@ -61,6 +61,20 @@ class OnNan(Enum):
     skip = "skip"
 
 
+class BestMode(Enum):
+    """Which value of a metric is the better one."""
+
+    min = "min"
+    max = "max"
+
+
+class Weights(Enum):
+    """Which weights a run exports: those it ended with, or those of its best evaluation."""
+
+    last = "last"
+    best = "best"
+
+
 class Precision(Enum):
     """Keras dtype policies; float64 is for comparisons."""
 
@@ -188,6 +202,21 @@ class TrainConfig:
     allow_missing_gradients: bool = False
     evaluate_ema: bool = False
     deterministic: bool
+    max_time_s: float | None
+    init_from: str | None
+    freeze: list[str]
+    check_numerics: bool
+    profile_steps: str | None  # FIRST-LAST
+
+
+@dataclass(kw_only=True, slots=True)
+class BestConfig:
+    """Which evaluation is the best one, and how long training goes on without a better one."""
+
+    metric: str | None
+    mode: BestMode
+    min_delta: float
+    patience: int | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -232,6 +261,7 @@ class ExportConfig:
     """The SavedModel at the end of a run."""
 
     enabled: bool
+    weights: Weights
     register: str | None
 
 
@@ -256,6 +286,7 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     precision: PrecisionConfig
+    best: BestConfig
     checkpoint: CheckpointConfig
     recovery: RecoveryConfig
     tracking: TrackingConfig

@@ -20,6 +20,7 @@ from orchestrator.spec.schema import (
     StrategyName,
 )
 from orchestrator.spec.secrets import mask_text
+from orchestrator.spec.validate_train import train_rules
 
 _MAX_SEED = 2**63 - 1
 _RUN_NAME = re.compile(r"[\w][\w.\-]*")
@@ -46,6 +47,7 @@ def validate(config: RunConfig) -> None:
         *_numbers(config),
         *_strategy(config),
         *_lengths(config),
+        *train_rules(config),
         *_optimizer(config),
         *_names(config),
         *_job_class(config),

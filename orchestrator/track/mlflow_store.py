@@ -201,13 +201,14 @@ class Store:
         self._client.set_terminated(self.run_id, status, time_ms)
 
     def log_files(self, paths: RunPaths) -> None:
-        """Upload configuration, plan, overrides and logs."""
+        """Upload configuration, plan, overrides, the model's summary, logs and profile."""
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(_UPLOAD_TIMEOUT_S)
-        for path in (paths.config, paths.overrides, paths.plan):
+        for path in (paths.config, paths.overrides, paths.plan, paths.model_summary):
             if path.exists():
                 self._client.log_artifact(self.run_id, str(path))
-        if paths.logs_dir.exists():
-            self._client.log_artifacts(self.run_id, str(paths.logs_dir), "logs")
+        for folder, name in ((paths.logs_dir, "logs"), (paths.profile_dir, "profile")):
+            if folder.exists():
+                self._client.log_artifacts(self.run_id, str(folder), name)
 
     def log_model(self, paths: RunPaths) -> str:
         """Log and register the packaged model, once for each packaging; return its address."""

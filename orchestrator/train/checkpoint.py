@@ -14,31 +14,40 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from orchestrator.errors import RestoreError, StorageError
 from orchestrator.spec.messages import Saved
 from orchestrator.spec.paths import RunPaths
 from orchestrator.train import store
+from orchestrator.train.best import Best
+from orchestrator.train.names import stable_paths
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.replica import is_layer_seed
 
 BUNDLE = "variables"
+_MODEL = "model/"
 
 
 def named_variables(model: keras.Model, optimizers: Optimizers) -> dict[str, keras.Variable]:
     """Return everything to save, by key.
 
     Keras paths alone do not identify a variable (they contain counters of the process), so the
-    key is `<section>/<index>:<path>`.
+    key is `<section>/<index>:<path>`; paths of the model's own variables are without counters.
     """
-    sections = {"model": [v for v in model.variables if not is_layer_seed(v)]}
-    sections |= optimizers.variables
-    return {
-        f"{section}/{index}:{variable.path}": variable
-        for section, variables in sections.items()
-        for index, variable in enumerate(variables)
-    }
+    keys = model_variables(model)
+    for section, variables in optimizers.variables.items():
+        for index, variable in enumerate(variables):
+            keys[f"{section}/{index}:{variable.path}"] = variable
+    return keys
+
+
+def model_variables(model: keras.Model) -> dict[str, keras.Variable]:
+    """Return what is saved of a model, by key."""
+    paths = zip(stable_paths(model), model.variables, strict=True)
+    saved = [(path, variable) for path, variable in paths if not is_layer_seed(variable)]
+    return {f"{_MODEL}{index}:{path}": v for index, (path, v) in enumerate(saved)}
 
 
 class Saver:
@@ -75,10 +84,14 @@ class Saver:
         self._pending: Future[None] | None = None
         self._staging_dir.mkdir(parents=True, exist_ok=True)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, best: Best | None = None) -> None:
         """Take a snapshot of all variables and write it in the background.
 
         A save that is still under way is waited for: checkpoints never overtake each other.
+
+        Args:
+            step: of the variables.
+            best: the best evaluation so far, whose checkpoint stays however old it is.
 
         Raises:
             StorageError: the save before this one failed.
@@ -88,7 +101,7 @@ class Saver:
         # A copy on the next write: the values of this step stay, without a pause to copy them.
         snapshot = {key: tf.identity(_local(v)) for key, v in self._variables.items()}
         stall_s = time.monotonic() - start
-        self._pending = self._thread.submit(self._write, step, snapshot, stall_s)
+        self._pending = self._thread.submit(self._write, step, snapshot, stall_s, best)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is durable; raises what its writing raised."""
@@ -102,7 +115,9 @@ class Saver:
         self._thread.shutdown()
         shutil.rmtree(self._staging_dir, ignore_errors=True)
 
-    def _write(self, step: int, snapshot: Mapping[str, tf.Tensor], stall_s: float) -> None:
+    def _write(
+        self, step: int, snapshot: Mapping[str, tf.Tensor], stall_s: float, best: Best | None
+    ) -> None:
         start = time.monotonic()
         staged = self._staging_dir / store.checkpoint_name(step)
         target = self._paths.checkpoints_dir / store.checkpoint_name(step)
@@ -121,17 +136,37 @@ class Saver:
             key: {"shape": value.shape.as_list(), "dtype": value.dtype.name}
             for key, value in snapshot.items()
         }
-        manifest = {"step": step, **self._facts, "time": time.time(), "variables": described}
+        facts = {**self._facts, **(best.facts() if best is not None else {})}
+        manifest = {"step": step, **facts, "time": time.time(), "variables": described}
         num_bytes = store.commit(staged, target, manifest)
-        store.prune(self._paths.checkpoints_dir, self._keep)
+        store.prune(self._paths.checkpoints_dir, self._keep, best.step if best else None)
         wall_s = time.monotonic() - start
         self._announce(
             Saved, step=step, path=str(target), num_bytes=num_bytes, wall_s=wall_s, stall_s=stall_s
         )
 
 
-def restore(path: Path, variables: Mapping[str, keras.Variable]) -> int:
+def read_model(path: Path) -> dict[str, np.ndarray]:
+    """Return the model's variables in a checkpoint, by path without counters.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    store.verify(path)
+    keys = store.read_manifest(path)["variables"]
+    reader = tf.train.load_checkpoint(str(path / BUNDLE))
+    return {key.split(":", 1)[1]: reader.get_tensor(key) for key in keys if key.startswith(_MODEL)}
+
+
+def restore(
+    path: Path, variables: Mapping[str, keras.Variable], *, model_only: bool = False
+) -> int:
     """Set all variables to a checkpoint's values, under any strategy.
+
+    Args:
+        path: the checkpoint's folder.
+        variables: what to set, by key.
+        model_only: whether `variables` are those of the model alone.
 
     Returns:
         The step of the checkpoint.
@@ -145,7 +180,11 @@ def restore(path: Path, variables: Mapping[str, keras.Variable]) -> int:
         manifest = store.read_manifest(path)
     except (OSError, ValueError) as error:
         raise RestoreError(f"checkpoint {path}: {error}") from error
-    saved = {place_of(key): (key, entry) for key, entry in manifest["variables"].items()}
+    saved = {
+        place_of(key): (key, entry)
+        for key, entry in manifest["variables"].items()
+        if not model_only or key.startswith(_MODEL)
+    }
     wanted = {place_of(key): (key, variable) for key, variable in variables.items()}
     differences = _differences(saved, wanted)
     if differences:

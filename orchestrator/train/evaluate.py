@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from orchestrator.spec.plan import RunPlan
@@ -61,6 +62,22 @@ class Evaluation:
                 input_signature=[tf.TensorSpec([], tf.int32), [feed] * len(replicas)],
                 autograph=False,
             )
+
+    def metric_names(self) -> list[str] | None:
+        """Return the names of what `run` gives, without running; None if only a run can tell.
+
+        Traces what `run` would trace, so it costs nothing; all workers must call it alike.
+        """
+        if self._plan.config.train.compile is Compile.eager:
+            return None
+        self._run.get_concrete_function()
+        assert self._layout is not None
+        width = sum(width or 1 for width in self._layout.widths)
+        columns = self._layout.split(np.ones([1, width]))
+        try:
+            return list(self._job.summarise({name: c[0] for name, c in columns.items()}, 1.0))
+        except Exception:  # the user's own summary may not bear invented sums
+            return None
 
     def run(self) -> dict[str, float]:
         """Evaluate the whole split and return its loss and metrics."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from orchestrator.errors import ExportError
+from orchestrator.errors import ExportError, RestoreError
 from orchestrator.spec.paths import RunPaths
+from orchestrator.train.checkpoint import model_variables, restore
 from orchestrator.train.job import Job
 from orchestrator.train.sources import Feature, Source
 
@@ -48,7 +50,13 @@ def _plain_float(answers: tf.Tensor) -> tf.Tensor:
     return answers
 
 
-def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) -> Signature:
+def export_model(
+    job: Job,
+    model: keras.Model,
+    source: Source,
+    paths: RunPaths,
+    checkpoint: Path | None = None,
+) -> Signature:
     """Write the SavedModel and the golden batch.
 
     The variables are copied into a second model built outside the strategy, so that the SavedModel
@@ -59,20 +67,26 @@ def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) 
         model: the live model.
         source: where golden inputs come from when `serve` takes feature `x`.
         paths: of the run.
+        checkpoint: whose weights are exported; None for those the live model has.
 
     Raises:
-        ExportError: `serve` does not take one tensor and give one tensor with a free batch.
+        ExportError: the checkpoint cannot be read, or `serve` does not take one tensor and give
+            one tensor with a free batch.
     """
     feature, inputs = _golden_inputs(job, source)
-    answers = _plain_float(job.serve(model, tf.constant(inputs)))
+    twin = job.model()
+    if checkpoint is None:
+        for copy, original in zip(twin.variables, model.variables, strict=True):
+            copy.assign(tf.convert_to_tensor(original.value))
+    else:
+        _load(checkpoint, twin)
+    live = model if checkpoint is None else twin
+    answers = _plain_float(job.serve(live, tf.constant(inputs)))
     if not tf.is_tensor(answers) or answers.shape.rank == 0 or answers.shape[0] != len(inputs):
         found = getattr(answers, "shape", type(answers).__name__)
         raise ExportError(
             f"serve() gave {found} for {len(inputs)} inputs: return one tensor, [batch, ...]"
         )
-    twin = job.model()
-    for copy, original in zip(twin.variables, model.variables, strict=True):
-        copy.assign(tf.convert_to_tensor(original.value))
     spec = tf.TensorSpec([None, *feature.shape], feature.dtype, name="inputs")
     served = _Served(job, twin, spec)
     signature = tf.function(
@@ -88,6 +102,15 @@ def export_model(job: Job, model: keras.Model, source: Source, paths: RunPaths) 
         output_dtype=answers.dtype.name,
         output_shape=(None, *answers.shape[1:].as_list()),
     )
+
+
+def _load(checkpoint: Path, twin: keras.Model) -> None:
+    try:
+        restore(checkpoint, model_variables(twin), model_only=True)
+    except RestoreError as error:
+        raise ExportError(
+            f"export.weights=best: {error}\nexport the last ones with export.weights=last"
+        ) from error
 
 
 def _golden_inputs(job: Job, source: Source) -> tuple[Feature, np.ndarray]:

@@ -14,7 +14,7 @@ from orchestrator.train.sources import Feature, Source, Split
 Batch = dict[str, Any]
 Gradients = dict[str, list[Any]]
 
-__all__ = ["Batch", "Feature", "Gradients", "Job", "Outcome", "Source", "Split"]
+__all__ = ["Batch", "Feature", "Gradients", "Job", "Outcome", "Progress", "Source", "Split"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,23 @@ class Outcome:
             terms = tf.add_n([tf.cast(term, total.dtype) for term in self.terms.values()])
             total += tf.reduce_sum(weights) * terms
         return tf.cast(scale, total.dtype) * total
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a block of steps came to.
+
+    Attributes:
+        step: the last step done, counted from 1.
+        num_steps: steps of the block.
+        loss: mean over the block's steps.
+        metrics: the same for each metric.
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    metrics: Mapping[str, float]
 
 
 class Job:
@@ -161,6 +178,19 @@ class Job:
 
     def serving_input(self) -> Feature | None:
         """Return what one input of `serve` looks like; None for feature `x` of the source."""
+        return None
+
+    def on_block(self, progress: Progress) -> None:
+        """Look at a block of steps after it was reported. Called on the chief only.
+
+        It may not change the model: other workers would not know. What it raises ends the run.
+        """
+
+    def on_end(self, model: keras.Model) -> str | None:
+        """Return a text for the log and the screen, such as a sample of what the model writes.
+
+        Called on the chief only, when training is complete, before the export.
+        """
         return None
 
 

@@ -12,13 +12,16 @@ import numpy as np
 import tensorflow as tf
 
 from orchestrator.errors import JobError
-from orchestrator.spec.messages import BlockDone, Evaluated, Outcome, Phase, Request
+from orchestrator.spec.messages import BlockDone, Evaluated, Notice, Outcome, Phase, Request
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import OnNan
+from orchestrator.train.best import BestEvaluation
 from orchestrator.train.checkpoint import Saver
 from orchestrator.train.data import Feeder, ledger_hash
 from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.job import Progress
 from orchestrator.train.optimizer import Optimizers
+from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter, Stopped
 from orchestrator.train.schedule import BlockLength, Schedule
 from orchestrator.train.step import BlockResult, TrainStep
@@ -28,10 +31,14 @@ _SHOWN_IDS = 16
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What one worker would do after a block; `num_steps` counts from the chief only."""
+    """What one worker would do after a block; `num_steps` counts from the chief only.
+
+    `stop` interrupts the run, `finish` completes it before its last step.
+    """
 
     save: bool = False
     stop: bool = False
+    finish: bool = False
     guilty: bool = False
     num_steps: int = 0
 
@@ -48,16 +55,16 @@ class Agreement:
         self._is_chief = worker == 0
         self._alone = plan.num_workers == 1
         self._replicas = plan.devices_per_worker
-        self._sum = tf.function(self._reduce, input_signature=[tf.TensorSpec([4], tf.float32)])
+        self._sum = tf.function(self._reduce, input_signature=[tf.TensorSpec([5], tf.float32)])
 
     def decide(self, wish: Wish) -> Wish:
         """Return what all workers do; every worker must call this equally often."""
         if self._alone:
             return wish
         steps = wish.num_steps if self._is_chief else 0
-        own = tf.constant([wish.save, wish.stop, wish.guilty, steps], tf.float32)
-        save, stop, guilty, num_steps = self._sum(own).numpy()
-        return Wish(save > 0, stop > 0, guilty > 0, int(num_steps))
+        own = tf.constant([wish.save, wish.stop, wish.finish, wish.guilty, steps], tf.float32)
+        save, stop, finish, guilty, num_steps = self._sum(own).numpy()
+        return Wish(save > 0, stop > 0, finish > 0, guilty > 0, int(num_steps))
 
     def _reduce(self, own: Any) -> Any:
         def add_up(vector: Any) -> Any:
@@ -83,6 +90,9 @@ class Parts:
     agreement: Agreement
     reporter: Reporter
     pending: Callable[[], set[Request]]
+    best: BestEvaluation | None = None
+    on_block: Callable[[Progress], None] | None = None
+    profile: Profile | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -95,8 +105,9 @@ class Loop:
         self._schedule = Schedule(parts.plan)
         train = parts.plan.config.train
         self._length = BlockLength(train.block_s, train.max_block_steps)
-        self._last_save = parts.clock()
+        self._began = self._last_save = parts.clock()
         self._is_chief = parts.worker == 0
+        self._is_best = False
 
     def run(self, step: int) -> tuple[Outcome, int]:
         """Train from after `step`.
@@ -107,6 +118,8 @@ class Loop:
         Raises:
             JobError: a loss or gradient is not finite and `train.on_nan` is stop.
         """
+        if self._parts.best is not None and self._parts.best.is_exhausted:
+            return Outcome.completed, step  # the run had ended early, and failed after that
         num_steps = self._schedule.clip(step, self._length.steps)
         self._parts.reporter.enter(Phase.tracing)
         while step < self._plan.total_steps:
@@ -118,9 +131,13 @@ class Loop:
             wish = self._wish(result, num_steps, wall_s)
             decision = self._parts.agreement.decide(wish)
             self._refuse_nan(result, step - num_steps, wish, decision)
-            if decision.save or decision.stop or self._schedule.checkpoint_due(step):
+            ends = decision.stop or decision.finish
+            if decision.save or ends or self._schedule.checkpoint_due(step):
                 self._save(step)
+            if decision.finish:
+                return Outcome.completed, step
             if decision.stop and step < self._plan.total_steps:
+                self._explain_stop()
                 return Outcome.stopped, step
             num_steps = self._schedule.clip(step, decision.num_steps)
         return Outcome.completed, step
@@ -134,7 +151,11 @@ class Loop:
         # A guess at the block after this one; a shorter one is cut from it.
         parts.feeder.prefetch(after, self._schedule.clip(after, self._length.steps))
         rates = parts.optimizers.learning_rates(num_steps) if self._is_chief else {}
+        if parts.profile is not None:
+            parts.profile.before(step)
         result = parts.step.run(step, num_steps, feed)
+        if parts.profile is not None:
+            parts.profile.after(after)
         wall_s = parts.clock() - start
         self._report(step, num_steps, result, rates, (wall_s, data_wait_s))
         if parts.reporter.phase is Phase.tracing:
@@ -174,6 +195,10 @@ class Loop:
             skipped_steps=tuple(int(i) + step + 1 for i in np.flatnonzero(~result.finite)),
             **values,
         )
+        if self._is_chief and self._parts.on_block is not None:
+            means = {name: float(np.mean(v)) for name, v in series.items()}
+            loss = means.pop("loss")
+            self._parts.on_block(Progress(step + num_steps, num_steps, loss, means))
 
     def _wish(self, result: BlockResult, num_steps: int, wall_s: float) -> Wish:
         self._length.measured(num_steps, wall_s)
@@ -184,13 +209,29 @@ class Loop:
             and every_s is not None
             and self._parts.clock() - self._last_save >= every_s
         )
-        stop = Request.SAVE_AND_STOP in requests
+        best = self._parts.best
         return Wish(
-            save=due or Request.SAVE in requests,
-            stop=stop,
+            save=due or self._is_best or Request.SAVE in requests,
+            stop=Request.SAVE_AND_STOP in requests or self._is_out_of_time(),
+            finish=self._is_chief and best is not None and best.is_exhausted,
             guilty=not result.local_finite.all(),
             num_steps=self._length.steps,
         )
+
+    def _is_out_of_time(self) -> bool:
+        """Tell whether the chief's clock has reached `train.max_time_s` in this attempt."""
+        limit_s = self._plan.config.train.max_time_s
+        return (
+            self._is_chief and limit_s is not None and self._parts.clock() - self._began >= limit_s
+        )
+
+    def _explain_stop(self) -> None:
+        if self._is_out_of_time():
+            text = (
+                f"train.max_time_s={self._plan.config.train.max_time_s:g} is over: saved at step "
+                f"{self._parts.reporter.step:,}; resume={self._plan.run} goes on"
+            )
+            self._parts.reporter.tell(Notice, text=text)
 
     def _evaluate(self, step: int) -> None:
         parts = self._parts
@@ -210,11 +251,16 @@ class Loop:
                 num_examples=self._plan.config.data.num_eval_examples,
                 wall_s=parts.clock() - start,
             )
+        if parts.best is not None:
+            # Every worker judges the same reduced values; what is done about it is agreed upon.
+            self._is_best = parts.best.observe(step, metrics) and self._is_chief
         parts.reporter.enter(Phase.stepping)
 
     def _save(self, step: int) -> None:
         if self._parts.saver is not None:
-            self._parts.saver.save(step)
+            best = self._parts.best
+            self._parts.saver.save(step, best.state if best is not None else None)
+            self._is_best = False
             self._last_save = self._parts.clock()
 
     def _refuse_nan(self, result: BlockResult, first: int, own: Wish, all_workers: Wish) -> None:
@@ -230,10 +276,10 @@ class Loop:
             raise Stopped(f"step {step} was not finite; the chief tells about it")
         what = "gradient" if result.local_finite[index].all() else "loss"
         bad = result.bad_variable[index]
-        first = f"; the first bad gradient is that of {bad}" if bad else ""
+        named = f"; the first bad gradient is that of {bad}" if bad else ""
         raise JobError(
             f"the {what} is not finite at step {step}, worker {self._parts.worker}, examples "
-            f"{_guilty_ids(result, index)}{first}; the update was not applied. Look at these "
+            f"{_guilty_ids(result, index)}{named}; the update was not applied. Look at these "
             "examples, lower optimizer.learning_rate, set optimizer.clip_global_norm, or skip such "
             "updates with train.on_nan=skip"
         )

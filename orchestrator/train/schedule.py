@@ -43,6 +43,8 @@ class Schedule:
         every = plan.config.checkpoint.every_steps
         self._checkpoint = Period(None if every is None else Fraction(every))
         self._has_evaluation = plan.eval_steps > 0
+        first, last = plan.profile_steps or (1, plan.total_steps)
+        self._borders = (first - 1, last)
 
     def evaluation_due(self, step: int) -> bool:
         """Tell whether to evaluate after `step` steps; always at the end."""
@@ -55,7 +57,8 @@ class Schedule:
 
     def clip(self, step: int, num_steps: int) -> int:
         """Shorten a block that begins after `step` so that it does not pass a due point."""
-        dues = (self._evaluation.next_due(step), self._checkpoint.next_due(step), self.total_steps)
+        dues = [self._evaluation.next_due(step), self._checkpoint.next_due(step), self.total_steps]
+        dues += [border for border in self._borders if border > step]
         return max(0, min([num_steps, *(due - step for due in dues if due is not None)]))
 
 

@@ -146,9 +146,10 @@ def newest_valid(checkpoints_dir: Path) -> Search:
     return Search(None, tuple(damaged))
 
 
-def prune(checkpoints_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints; return what was removed."""
-    removed = list_checkpoints(checkpoints_dir)[keep:]
+def prune(checkpoints_dir: Path, keep: int, best_step: int | None = None) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and that of `best_step`; return the removed."""
+    older = list_checkpoints(checkpoints_dir)[keep:]
+    removed = [path for path in older if step_of(path) != best_step]
     for path in removed:
         shutil.rmtree(path, ignore_errors=True)
     return removed

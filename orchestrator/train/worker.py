@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +12,34 @@ import keras
 import tensorflow as tf
 
 from orchestrator.spec.messages import (
-    DataUsed,
     Ended,
     Exported,
     Message,
     Notice,
     Outcome,
     Phase,
-    Ready,
     Request,
     Substituted,
     WorkerOrder,
 )
 from orchestrator.spec.plan import RunPlan
-from orchestrator.train import datasets
+from orchestrator.spec.schema import Weights
+from orchestrator.train import datasets, store
+from orchestrator.train.best import BestEvaluation, require_metric
 from orchestrator.train.checkpoint import Saver, named_variables, restore
 from orchestrator.train.data import Feeder, Order, make_shards
 from orchestrator.train.devices import build_strategy, configure_devices, overrule_keras_settings
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.export import export_model
+from orchestrator.train.freeze import freeze
+from orchestrator.train.initial import load_initial
 from orchestrator.train.inputs import Resident
+from orchestrator.train.introduce import tell_data, tell_ready, versions
 from orchestrator.train.job import Job
 from orchestrator.train.loading import checked_model, load_job, load_source
 from orchestrator.train.loop import Agreement, Loop, Parts, Wish
 from orchestrator.train.optimizer import Optimizers
+from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.step import TrainStep
@@ -88,22 +89,25 @@ class _Made:
 def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Request]]) -> None:
     plan, is_chief = order.plan, order.worker == 0
     made = _make(order, reporter)
-    start_step = 0
-    if order.restore_from is not None:
-        reporter.enter(Phase.restoring, order.restore_from)
-        start_step = restore(Path(order.restore_from), made.variables)
+    start_step = _begin_with(order, reporter, made)
     reporter.step = start_step
-    _tell_ready(order, reporter, made.devices, made.model, start_step)
+    tell_ready(order, reporter, made.devices, made.model, start_step)
 
     parts = _assemble(order, reporter, pending, made)
-    outcome, step = Loop(parts).run(start_step)
+    try:
+        outcome, step = Loop(parts).run(start_step)
+    finally:
+        if parts.profile is not None:
+            parts.profile.close()
     parts.feeder.close()
+    if is_chief and outcome is Outcome.completed:
+        _tell_end(reporter, made, parts.best)
 
     if parts.saver is not None:
         reporter.enter(Phase.saving)
         parts.saver.close()
     if is_chief and outcome is Outcome.completed and plan.config.export.enabled:
-        _export(reporter, made.job, made.model, made.eval_source or made.train_source, plan)
+        _export(reporter, made, plan, _exported_checkpoint(plan, parts.best, step))
     # A worker that leaves early is a lost peer to the others.
     reporter.enter(Phase.ending)
     parts.agreement.decide(Wish())
@@ -114,6 +118,8 @@ def _make(order: WorkerOrder, reporter: Reporter) -> _Made:
     """Take the devices, meet the other workers, open the data and build the model."""
     plan, is_chief = order.plan, order.worker == 0
     devices = configure_devices(order)
+    if plan.config.train.check_numerics:
+        tf.debugging.enable_check_numerics()
     overruled = overrule_keras_settings()
     if is_chief and overruled:
         reporter.tell(Notice, text=overruled)
@@ -128,12 +134,14 @@ def _make(order: WorkerOrder, reporter: Reporter) -> _Made:
     eval_source = load_source(job, plan, Split.EVAL) if plan.eval_steps else None
     for split, source in ((Split.TRAIN, train_source), (Split.EVAL, eval_source)):
         if source is not None and is_chief:
-            _tell_data(reporter, split, source)
+            tell_data(reporter, split, source)
 
     reporter.enter(Phase.building)
     keras.utils.set_random_seed(plan.config.train.seed % 2**32)
     with strategy.scope():
         model = checked_model(job, train_source)
+        if plan.config.train.freeze:
+            reporter.log(freeze(job, model, plan.config.train.freeze))
         optimizers = Optimizers(plan, job.parameter_groups(model))
     if plan.verifying:
         reporter.tell(Substituted, **substitute(model))
@@ -147,6 +155,35 @@ def _make(order: WorkerOrder, reporter: Reporter) -> _Made:
         optimizers=optimizers,
         variables=named_variables(model, optimizers),
     )
+
+
+def _begin_with(order: WorkerOrder, reporter: Reporter, made: _Made) -> int:
+    """Set the variables that training begins with; return the step they belong to."""
+    if order.restore_from is not None:
+        reporter.enter(Phase.restoring, order.restore_from)
+        return restore(Path(order.restore_from), made.variables)
+    path = order.plan.init_from
+    if path is not None:
+        reporter.enter(Phase.restoring, path)
+        loaded = load_initial(Path(path), made.job, made.model)
+        reporter.log(f"train.init_from={path}: {loaded.table()}")
+        if order.worker == 0:
+            reporter.tell(Notice, text=f"weights of {path}: {loaded.summary()}")
+    return 0
+
+
+def _best(order: WorkerOrder, evaluation: Evaluation | None) -> BestEvaluation | None:
+    """Return the judge of evaluations, as it was at the checkpoint; refuse an unknown metric."""
+    config = order.plan.config.best
+    if config.metric is None or evaluation is None:
+        return None
+    names = evaluation.metric_names()
+    if names is not None:
+        require_metric(config.metric, dict.fromkeys(names))
+    manifest = None
+    if order.restore_from is not None:
+        manifest = store.read_manifest(Path(order.restore_from))
+    return BestEvaluation(config, manifest)
 
 
 def _assemble(
@@ -174,7 +211,7 @@ def _assemble(
             order.attempt,
             made.variables,
             keep=plan.config.checkpoint.keep,
-            facts={"run": plan.run, "attempt": order.attempt, "versions": _versions()},
+            facts={"run": plan.run, "attempt": order.attempt, "versions": versions()},
             announce=reporter.tell,
         )
     return Parts(
@@ -204,18 +241,44 @@ def _assemble(
         agreement=Agreement(strategy, plan, order.worker),
         reporter=reporter,
         pending=pending,
+        best=_best(order, evaluation),
+        on_block=job.on_block,
+        profile=Profile(plan) if order.worker == 0 else None,
     )
 
 
-def _export(
-    reporter: Reporter, job: Job, model: keras.Model, source: Source, plan: RunPlan
-) -> None:
-    reporter.enter(Phase.exporting)
+def _tell_end(reporter: Reporter, made: _Made, best: BestEvaluation | None) -> None:
+    """Say why training ended, if early, and what the job itself has to say."""
+    if best is not None and best.is_exhausted:
+        state = best.state
+        reporter.tell(
+            Notice,
+            text=f"early stopping at step {reporter.step:,}: {state.num_worse} evaluations in a "
+            f"row had no better eval/{state.metric} than {state.value} at step {state.step}",
+        )
+    text = made.job.on_end(made.model)
+    if text is not None:
+        reporter.log(text)
+        reporter.tell(Notice, text=text)
+
+
+def _exported_checkpoint(plan: RunPlan, best: BestEvaluation | None, step: int) -> Path | None:
+    """Return the checkpoint to export; None for the weights that the model has."""
+    if plan.config.export.weights is Weights.last or best is None:
+        return None
+    if best.state.step in (None, step):
+        return None
+    return plan.paths.checkpoints_dir / store.checkpoint_name(best.state.step)
+
+
+def _export(reporter: Reporter, made: _Made, plan: RunPlan, checkpoint: Path | None) -> None:
+    reporter.enter(Phase.exporting, str(checkpoint or ""))
     start = reporter.clock()
-    signature = export_model(job, model, source, plan.paths)
+    source = made.eval_source or made.train_source
+    signature = export_model(made.job, made.model, source, plan.paths, checkpoint)
     reporter.tell(
         Exported,
-        step=reporter.step,
+        step=store.step_of(checkpoint) if checkpoint is not None else reporter.step,
         path=str(plan.paths.saved_model_dir),
         input_dtype=signature.input_dtype,
         input_shape=signature.input_shape,
@@ -223,48 +286,3 @@ def _export(
         output_shape=signature.output_shape,
         wall_s=reporter.clock() - start,
     )
-
-
-def _tell_data(reporter: Reporter, split: Split, source: Source) -> None:
-    features = {name: str(feature) for name, feature in source.features.items()}
-    reporter.tell(
-        DataUsed,
-        split=split.name.lower(),
-        name=source.name,
-        source=source.origin,
-        digest=source.digest,
-        num_examples=source.num_examples,
-        features=features,
-    )
-
-
-def _tell_ready(
-    order: WorkerOrder,
-    reporter: Reporter,
-    devices: list[str],
-    model: keras.Model,
-    start_step: int,
-) -> None:
-    plan = order.plan
-    reporter.log(
-        f"worker {order.worker} of {plan.num_workers}: {', '.join(devices)}, "
-        f"{plan.cpus_per_worker} CPU thread(s), "
-        f"CUDA_VISIBLE_DEVICES={order.visible_gpus!r}, {plan.config.strategy.name.value}"
-    )
-    replicas = plan.worker_replicas(order.worker)
-    reporter.tell(
-        Ready,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        devices=tuple(devices),
-        cpu_threads=plan.cpus_per_worker,
-        replica_batch_sizes=tuple(plan.replica_batch_sizes[r] for r in replicas),
-        num_parameters=model.count_params(),
-        start_step=start_step,
-        restored_from=order.restore_from,
-        versions=_versions(),
-    )
-
-
-def _versions() -> dict[str, str]:
-    return {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": version("numpy")}
