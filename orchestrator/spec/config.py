@@ -80,6 +80,8 @@ def _without_enums(value: Any) -> Any:
         return value.value
     if isinstance(value, dict):
         return {key: _without_enums(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_enums(item) for item in value]
     return value
 
 
