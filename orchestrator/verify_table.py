@@ -69,12 +69,11 @@ def _in_model(config: RunConfig, changed: Substituted | None) -> list[str]:
     if changed.synchronised:
         lines.append(f"BatchNorm synchronised in {_named(changed.synchronised)}")
         lines.append("no micro-batches: BatchNorm would normalise each by itself")
-        own = "left out, Lion steps by the sign of rounding noise"
-        if config.optimizer.name is not OptimizerName.lion:
-            own = "in float64, with the exact limit"
-        lines.append(
-            f"the job's own optimizer {own}: BatchNorm leaves the bias before it only that"
-        )
+        noise = "a bias before BatchNorm has no gradient but rounding noise"
+        if config.optimizer.name is OptimizerName.lion:
+            lines.append(f"not with lion: {noise}, whose sign is a full step")
+        else:
+            lines.append(f"the job's own optimizer in float64: {noise}")
     if changed.random:
         lines.append(
             f"NOT off: {_named(changed.random)} draws random numbers, on each replica others; "

@@ -1,0 +1,155 @@
+"""`verify` proves what holds and finds what does not, in real worker processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.spec.config import load_config
+from orchestrator.verify import verify, verify_with
+
+ROOT = Path(__file__).parents[2]
+MINE = Path(__file__).parent / "mine"
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "lion")
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """One for all tests: importing TensorFlow is most of the time of a small verification."""
+    started = start_zygote()
+    yield started
+    started.close()
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a verification ended and what it printed."""
+
+    code: ExitCode
+    out: str
+
+    @property
+    def rows(self) -> list[str]:
+        """The lines of the tables."""
+        return [line for line in self.out.splitlines() if re.search(r"(proven|DIFFERS) ", line)]
+
+
+Verify = Callable[..., Said]
+
+
+@pytest.fixture
+def run(zygote: Zygote, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Verify:
+    """Verify a job of `mine`, as the command does after it has read its arguments."""
+
+    def run_job(job: str, *overrides: str) -> Said:
+        config = load_config([f"job={job}", *overrides], MINE)
+        code = verify_with(config, zygote, tmp_path)
+        said = Said(code, capsys.readouterr().out)
+        left = list((tmp_path / "runs" / job).iterdir())
+        assert bool(left) == (code is ExitCode.DIFFERENCE), said.out
+        return said
+
+    return run_job
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_proven(run: Verify, optimizer: str) -> None:
+    cuts = "[uneven]" if optimizer == "adam" else "[mirrored]"
+    said = run("small", f"optimizer={optimizer}", f"verify.variants={cuts}", "verify.steps=5")
+    assert said.code is ExitCode.DONE, said.out
+    assert f"{optimizer} in float32, 3 steps" in said.out
+    assert len(said.rows) == 2
+
+
+def test_batch_normalisation_and_dropout_are_proven_as_what_they_are_replaced_by(
+    run: Verify,
+) -> None:
+    said = run("normalised", "verify.variants=[mirrored,micro_batches,uneven]")
+    assert said.code is ExitCode.DONE, said.out
+    assert "dropout and noise off in dropout, gaussian_noise" in said.out
+    assert "BatchNorm synchronised in batch_normalization" in said.out
+    # Micro-batches are left out, and rounding noise is given no chance.
+    assert len(said.rows) == 4 and "4 micro-batches" not in said.out
+    assert "adam in float64, 3 steps" in said.out
+
+
+def test_an_embedding_whose_gradients_are_slices_is_proven(run: Verify) -> None:
+    said = run("embedded", "verify.variants=[multi_worker,uneven]", "verify.steps=10")
+    assert said.code is ExitCode.DONE, said.out
+    assert len(said.rows) == 4
+
+
+def test_two_optimizers_and_gradients_of_the_job_are_proven(run: Verify) -> None:
+    groups = ("+optimizer.groups.judge.learning_rate=0.02",)
+    said = run("duel", *groups, "verify.variants=[mirrored,micro_batches]")
+    assert said.code is ExitCode.DONE, said.out
+    assert len(said.rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "cut", "step", "what"),
+    [
+        ("keras_clips", "uneven", 1, "the variables differ"),
+        ("reduced_twice", "mirrored", 1, "the variables differ"),
+        ("lost_shard", "mirrored", 1, "other examples were used"),
+        ("replica_mean", "mirrored", 1, "the variables differ"),
+        ("tape_is_blind", "mirrored", 1, "the variables differ"),
+    ],
+)
+def test_a_planted_fault_is_found_with_its_step_and_a_variable(
+    run: Verify, fault: str, cut: str, step: int, what: str
+) -> None:
+    said = run("small", f"job.args.fault={fault}", f"verify.variants=[{cut}]")
+    assert said.code is ExitCode.DIFFERENCE, said.out
+    assert f"first at step {step}: {what}" in said.out
+    assert re.search(r"after step 1 the variable model/\d:\S+/(kernel|bias) is \S+ off", said.out)
+
+
+def test_dropout_that_stays_on_is_found(run: Verify) -> None:
+    said = run("normalised", "job.args.fault=dropout_stays", "verify.variants=[mirrored]")
+    assert said.code is ExitCode.DIFFERENCE, said.out
+    assert "NOT off: dropout, gaussian_noise draws random numbers" in said.out
+    assert re.search(r"first at step 1: .* the variable model/\d+:\S+ is", said.out)
+
+
+def test_random_numbers_that_cannot_be_switched_off_are_told(run: Verify) -> None:
+    said = run("personal", "verify.variants=[mirrored]", "verify.steps=2")
+    assert said.code is ExitCode.DIFFERENCE
+    assert "NOT off: shaky draws random numbers" in said.out
+
+
+@pytest.mark.parametrize("override", ["cluster=existing", "resume=latest"])
+def test_what_cannot_be_compared_here_is_refused(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        verify(["job=small", override], MINE, tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("fault", "code"), [("", 0), ("reduced_twice", 1)])
+def test_the_command_tells_by_its_exit_code(fault: str, code: int, tmp_path: Path) -> None:
+    arguments = ["job=small", f"--config-dir={MINE}"]
+    if fault:
+        arguments += [f"job.args.fault={fault}", "verify.variants=[multi_worker]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "verify", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    if fault:
+        assert done.stderr.splitlines()[-1] == "exit code 1: verify found a difference"
+        assert "exact, 2 workers: 8+8: first at step 1: the variables differ" in done.stdout
+    else:
+        assert len(Said(ExitCode.DONE, done.stdout).rows) == 8
