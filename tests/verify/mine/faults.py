@@ -17,14 +17,12 @@ def keras_clips():
         config = plan.config.optimizer
         self.limit, config.clip_global_norm = config.clip_global_norm, None
         init(self, plan, *args, **kwargs)
-        self._replicas.limit = self.limit and self.limit / plan.num_replicas
+        limit = self.limit and self.limit / plan.num_replicas
+        self._replicas.clip = keras.optimizers.SGD(global_clipnorm=limit)._clip_gradients
 
     def clipped_share(self, *args):
         made = share(self, *args)
-        if self.limit is None:
-            return made
-        keras_own = keras.optimizers.SGD(global_clipnorm=self.limit)
-        return dataclasses.replace(made, gradients=keras_own._clip_gradients(made.gradients))
+        return dataclasses.replace(made, gradients=self.clip(made.gradients))
 
     TrainStep.__init__, Replicas.share = init_without_clipping, clipped_share
 
