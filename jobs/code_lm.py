@@ -69,6 +69,10 @@ class CodeLm(Job):
         """Return the probabilities of the byte that follows each window, [batch, 256]."""
         return tf.nn.softmax(model(inputs, training=False)[:, -1])
 
+    def on_end(self, model: keras.Model) -> str:
+        """Let the trained model write some code."""
+        return self.sample(model, "def ", 200, seed=0)
+
     def sample(self, model: keras.Model, prompt: str, length: int, seed: int) -> str:
         """Return the prompt and `length` more bytes drawn from the model."""
         rng = np.random.default_rng(seed)

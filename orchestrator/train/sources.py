@@ -91,8 +91,16 @@ class Source(ABC):
         """
 
     def resident(self) -> dict[str, np.ndarray] | None:
-        """Return all examples if they fit on every device, so that steps gather them in graph."""
+        """Return all examples if they fit on every device, so that steps gather them in graph.
+
+        Called more than once.
+        """
         return None
+
+    @property
+    def placement(self) -> str:
+        """Where a step takes its examples from, in words."""
+        return "fetched from host" if self.resident() is None else "resident on device"
 
 
 class ArraySource(Source):
