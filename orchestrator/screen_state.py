@@ -265,7 +265,8 @@ def _told(message: Message) -> Line:
             what = f"{size(message.num_bytes)} in {duration(message.wall_s)}"
             return Line(f"step {message.step:,}  checkpoint saved, {what}")
         case DataUsed():
-            return Line(f"{message.split}: {message.num_examples:,} examples, {message.name}")
+            parts = [f"{message.num_examples:,} examples", message.name, message.placement]
+            return Line(f"{message.split}: {', '.join(filter(None, parts))}")
         case Exported():
             return Line(f"step {message.step:,}  SavedModel written in {duration(message.wall_s)}")
         case Notice():

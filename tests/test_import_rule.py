@@ -46,6 +46,7 @@ JOBS_MAY_IMPORT = (
     "orchestrator.train.sources",
     "orchestrator.train.data",
     "orchestrator.train.datasets",
+    "orchestrator.train.draws",
     "numpy",
     "keras",
     "tensorflow",

@@ -80,7 +80,10 @@ def test_a_command_without_a_job_lists_the_jobs(
     verb: str, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     text = refused(capsys, verb)
-    assert "Jobs: gan, mnist, mnist_cnn" in text and "conf=NAME" in text
+    assert (
+        "Jobs: code_lm, fashion, flights, gan, mnist, mnist_cnn, synthetic" in text
+        and "conf=NAME" in text
+    )
     assert list(folder.iterdir()) == []
 
 

@@ -185,7 +185,9 @@ class Store:
             source_type="local",
             source=json.dumps({"uri": record["source"]}),
             schema=json.dumps({"mlflow_colspec": columns}),
-            profile=json.dumps({"num_rows": record["num_examples"]}),
+            profile=json.dumps(
+                {"num_rows": record["num_examples"], "placement": record.get("placement", "")}
+            ),
         )
         tags = [InputTag("mlflow.data.context", record["split"])]
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])

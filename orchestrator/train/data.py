@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from orchestrator.train.sources import Source
+from orchestrator.train.ragged import bucket_lengths
+from orchestrator.train.sources import Source, bucket_key
 
 # Below this, RandomIndexShuffle's cipher works on too few bits to look random (measured).
 _SMALLEST_COMPUTED = 10_000
@@ -93,8 +94,8 @@ class Feed:
 
     Attributes:
         ids: for each local replica the examples it uses, int64 [steps, batch of the replica].
-        features: for each local replica the fetched features, each [steps, batch, ...]; empty
-            dicts when the data is resident and gathered in graph.
+        features: for each local replica what `fetch_block` returns; empty dicts when the data is
+            resident and gathered in graph.
     """
 
     ids: list[np.ndarray]
@@ -144,12 +145,30 @@ class Feeder:
             positions = shard.positions(first_step, num_steps, self._global_batch_size)
             chosen = self._order.examples(positions.reshape(-1))
             ids.append(chosen.reshape(positions.shape))
-            features.append({} if self._resident else self._fetch(chosen, positions.shape))
+            features.append({} if self._resident else fetch_block(self._source, ids[-1]))
         return Feed(ids, features)
 
-    def _fetch(self, ids: np.ndarray, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        rows = self._source.fetch(ids)
-        return {name: array.reshape(*shape, *array.shape[1:]) for name, array in rows.items()}
+
+def fetch_block(source: Source, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the features of some steps.
+
+    Features of different lengths are as long as the longest bucket of these steps; beside them
+    stands the bucket of each step, to which `inputs.step_features` cuts them.
+
+    Args:
+        source: where the examples are.
+        ids: int64 [steps, batch].
+
+    Returns:
+        For each feature an array [steps, batch, ...], and int32 [steps] for each `bucket_key`.
+    """
+    rows = source.fetch(ids.reshape(-1))
+    block = {name: array.reshape(*ids.shape, *array.shape[1:]) for name, array in rows.items()}
+    if source.buckets is not None:
+        buckets = bucket_lengths(block["length"], source.buckets)
+        free = [name for name, feature in source.features.items() if feature.is_ragged]
+        block.update({bucket_key(name): buckets for name in free})
+    return block
 
 
 def _shortened(feed: Feed, num_steps: int) -> Feed:

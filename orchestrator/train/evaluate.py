@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
-from orchestrator.train.data import evaluation_ids
+from orchestrator.train.data import evaluation_ids, fetch_block
 from orchestrator.train.inputs import Resident, feature_spec, step_features
 from orchestrator.train.job import Batch, Job
 from orchestrator.train.replica import Captured, local_replica
@@ -105,11 +105,8 @@ class Evaluation:
         )
         features: Batch = {}
         if self._resident.tables is None:
-            rows = self._source.fetch(ids.reshape(-1))
-            features = {
-                name: tf.constant(array.reshape(*ids.shape, *array.shape[1:]))
-                for name, array in rows.items()
-            }
+            block = fetch_block(self._source, ids)
+            features = {name: tf.constant(array) for name, array in block.items()}
         return tf.constant(ids), tf.constant(weights), features
 
     def _block(self, num_steps: Any, feeds: Sequence[Any]) -> Any:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from orchestrator.train.downloads import Damaged
+
 
 @dataclass(frozen=True, slots=True)
 class IdxFiles:
@@ -24,21 +26,19 @@ class IdxFiles:
         members: for each file its array in the `.npz` form.
         sha256: of each file, uncompressed. They prove the content in any form: what a `.npz`
             holds is hashed as the IDX file that it would make.
+        installed: where the operating system's package puts the files, if it has one.
     """
 
     title: str
     folder: str
     members: Mapping[str, str]
     sha256: Mapping[str, str]
+    installed: Path | None = None
 
     @property
     def archive(self) -> str:
         """Name of the `.npz` form."""
         return f"{self.folder}.npz"
-
-
-class Damaged(Exception):
-    """A file is there but is not what it should be; the message names it and says why."""
 
 
 def read_idx(content: bytes) -> np.ndarray:

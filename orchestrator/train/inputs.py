@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from orchestrator.train.job import Batch
-from orchestrator.train.sources import Source
+from orchestrator.train.sources import Source, bucket_key
 
 
 class Resident:
@@ -34,12 +34,23 @@ def feature_spec(source: Source, size: int, *, resident: bool) -> dict[str, tf.T
     """Return the signature of a replica's fetched features over a block: [None, size, ...]."""
     if resident:
         return {}
-    return {
-        name: tf.TensorSpec([None, size, *feature.shape], feature.dtype)
-        for name, feature in source.features.items()
-    }
+    spec = {}
+    for name, feature in source.features.items():
+        spec[name] = tf.TensorSpec([None, size, *feature.shape], feature.dtype)
+        if feature.is_ragged:
+            spec[bucket_key(name)] = tf.TensorSpec([None], tf.int32)
+    return spec
 
 
 def step_features(features: Mapping[str, Any], i: Any) -> Batch:
-    """Return the features of one step of a block, [batch, ...] each; `i` is an int32 tensor."""
-    return {name: value[i] for name, value in features.items()}
+    """Return the features of one step of a block, [batch, ...] each; `i` is an int32 tensor.
+
+    A feature of different lengths is cut to the bucket of its step. The length is a tensor, so
+    there is one trace for all buckets, whichever of them a block mixes.
+    """
+    buckets = {bucket_key(name) for name in features} & set(features)
+    rows = {name: value[i] for name, value in features.items()}
+    for name in features:
+        if bucket_key(name) in buckets:
+            rows[name] = rows[name][:, : rows[bucket_key(name)]]
+    return {name: value for name, value in rows.items() if name not in buckets}

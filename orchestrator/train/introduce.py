@@ -20,6 +20,11 @@ _SUMMARY_COLUMNS = 80
 def tell_data(reporter: Reporter, split: Split, source: Source) -> None:
     """Say what a split is; the chief does."""
     features = {name: str(feature) for name, feature in source.features.items()}
+    placement = source.placement
+    reporter.log(
+        f"{split.value} data: {source.name} ({source.origin}), {source.num_examples} examples, "
+        f"{placement}"
+    )
     reporter.tell(
         DataUsed,
         split=split.name.lower(),
@@ -28,6 +33,7 @@ def tell_data(reporter: Reporter, split: Split, source: Source) -> None:
         digest=source.digest,
         num_examples=source.num_examples,
         features=features,
+        placement=placement,
     )
 
 

@@ -35,9 +35,19 @@ class Feature:
     dtype: str
     shape: tuple[int | None, ...] = ()
 
+    @property
+    def is_ragged(self) -> bool:
+        """Whether examples differ in length: the first axis is free."""
+        return bool(self.shape) and self.shape[0] is None
+
     def __str__(self) -> str:
         sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
         return f"{self.dtype} [{sizes}]"
+
+
+def bucket_key(feature: str) -> str:
+    """Return under which key a block holds the length that each step pads a feature to."""
+    return f"{feature}/bucket"
 
 
 class Source(ABC):
@@ -51,12 +61,15 @@ class Source(ABC):
         origin: where it comes from: a path, an address, a sentence.
         num_examples: indices run from 0 to here, exclusive.
         digest: SHA-256 of the content in hexadecimal; equal digests mean equal examples.
+        buckets: lengths, ascending, that batches are padded to, for a source with features whose
+            first axis is free; it then has a feature `length` too. None for other sources.
     """
 
     name: str
     origin: str
     num_examples: int
     digest: str
+    buckets: tuple[int, ...] | None = None
 
     @property
     @abstractmethod
@@ -73,12 +86,21 @@ class Source(ABC):
             indices: int64 [n], each in [0, num_examples), in any order, repeats allowed.
 
         Returns:
-            For each feature an array [n, ...].
+            For each feature an array [n, ...]; a free first axis is as long as the bucket that
+            holds the longest of these examples.
         """
 
     def resident(self) -> dict[str, np.ndarray] | None:
-        """Return all examples if they fit on every device, so that steps gather them in graph."""
+        """Return all examples if they fit on every device, so that steps gather them in graph.
+
+        Called more than once.
+        """
         return None
+
+    @property
+    def placement(self) -> str:
+        """Where a step takes its examples from, in words."""
+        return "fetched from host" if self.resident() is None else "resident on device"
 
 
 class ArraySource(Source):

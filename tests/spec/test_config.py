@@ -19,7 +19,7 @@ from orchestrator.spec.config import (
 )
 from orchestrator.spec.schema import StrategyName
 
-JOBS = ("gan", "mnist", "mnist_cnn")
+JOBS = ("code_lm", "fashion", "flights", "gan", "mnist", "mnist_cnn", "synthetic")
 STRATEGIES = ("mirrored", "multi_worker", "one_device")
 # What belongs to a traceback or to the insides of Hydra and OmegaConf.
 INSIDES = re.compile(r"Traceback|File \"|Exception|omegaconf|full_key|object_type|RunConfig")
@@ -325,7 +325,7 @@ def test_a_folder_of_the_users_own_keeps_the_shipped_jobs(own_dir: Path) -> None
 
 def test_a_folder_of_the_users_own_is_named_with_the_other_jobs(own_dir: Path) -> None:
     text = refusal(["job=onw"], own_dir)
-    assert "did you mean own" in text and "mnist_cnn, own" in text, text
+    assert "did you mean own" in text and "synthetic, own" in text, text
 
 
 def test_workers_find_the_modules_of_the_project_and_of_the_users_folder(own_dir: Path) -> None:

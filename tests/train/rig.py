@@ -103,5 +103,5 @@ def make_rig(
         evaluation=Evaluation(
             plan, job, model, strategy, plan.worker_replicas(0), test, eval_resident
         ),
-        feeder=Feeder(train, order, shards, batch, resident=not host),
+        feeder=Feeder(train, order, shards, batch, resident=resident.tables is not None),
     )

@@ -103,3 +103,55 @@ def test_the_ledger_is_independent_of_the_split_but_not_of_ids_or_steps() -> Non
     swapped = ids.copy()
     swapped[[0, 1]] = ids[[1, 0]]
     assert whole != ledger_hash(swapped, 7)
+
+
+def ledger(*batch_sizes: tuple[int, ...], num_examples: int = 50) -> int:
+    """Return the ledger of 3 + 2 steps, each of the global batch that its sizes add up to.
+
+    Args:
+        batch_sizes: of the replicas of each worker.
+        num_examples: of the data.
+    """
+    flat = tuple(size for sizes in batch_sizes for size in sizes)
+    total, first = 0, 0
+    for sizes in batch_sizes:
+        shards = make_shards(flat, range(first, first + len(sizes)))
+        first += len(sizes)
+        source = ArraySource({"x": np.arange(num_examples)})
+        feeder = Feeder(source, Order(3, num_examples), shards, sum(flat), resident=False)
+        for done, num_steps in ((0, 3), (3, 2)):
+            feed = feeder.take(done, num_steps)
+            total += sum(ledger_hash(ids, done) for ids in feed.ids)
+        feeder.close()
+    return total % 2**64
+
+
+@pytest.mark.parametrize("n", [50, 20_011])
+def test_every_strategy_of_one_global_batch_size_has_the_same_ledger(n: int) -> None:
+    one_device = ledger((12,), num_examples=n)
+    assert ledger((6, 6), num_examples=n) == one_device  # mirrored
+    assert ledger((4,), (4,), (4,), num_examples=n) == one_device  # three workers
+    assert ledger((3, 3), (3, 3), num_examples=n) == one_device  # two workers of two devices
+    assert ledger((5, 4, 3), num_examples=n) == one_device
+    assert ledger((11,), num_examples=n) != one_device
+
+
+@pytest.mark.parametrize("fault", ["lost", "read twice", "one step late"])
+def test_a_shard_that_goes_wrong_changes_the_ledger(fault: str) -> None:
+    shards = make_shards((4, 4, 4), range(3))
+    order = Order(3, 50)
+
+    def used(replica: int, step: int) -> np.ndarray:
+        return order.examples(shards[replica].positions(step, 1, 12)[0])[None]
+
+    steps, replicas = range(5), range(3)
+    expected = sum(ledger_hash(used(r, s), s) for r in replicas for s in steps) % 2**64
+    total = expected
+    if fault == "lost":  # replica 1 trains without examples in step 2
+        total -= ledger_hash(used(1, 2), 2)
+    elif fault == "read twice":  # replica 1 takes what replica 0 has
+        total += ledger_hash(used(0, 2), 2) - ledger_hash(used(1, 2), 2)
+    else:
+        total += ledger_hash(used(1, 3), 2) - ledger_hash(used(1, 2), 2)
+    assert total % 2**64 != expected
+    assert expected == ledger((4, 4, 4))

@@ -32,8 +32,11 @@ def test_small_arrays_are_resident() -> None:
 
 def test_arrays_above_the_limit_stay_on_the_host() -> None:
     # x: 4 * 3 * 4 bytes = 48, y: 4 * 8 bytes = 32
-    assert make_source(resident_limit_bytes=80).resident() is not None
-    assert make_source(resident_limit_bytes=79).resident() is None
+    small, large = make_source(resident_limit_bytes=80), make_source(resident_limit_bytes=79)
+    assert small.resident() is not None
+    assert large.resident() is None
+    assert small.placement == "resident on device"
+    assert large.placement == "fetched from host"
 
 
 def test_digest_changes_with_content_name_type_and_shape() -> None:
