@@ -325,7 +325,7 @@ def test_a_folder_of_the_users_own_keeps_the_shipped_jobs(own_dir: Path) -> None
 
 def test_a_folder_of_the_users_own_is_named_with_the_other_jobs(own_dir: Path) -> None:
     text = refusal(["job=onw"], own_dir)
-    assert "did you mean own" in text and "synthetic, own" in text, text
+    assert "did you mean own" in text and "mnist_cnn, own, synthetic" in text, text
 
 
 def test_workers_find_the_modules_of_the_project_and_of_the_users_folder(own_dir: Path) -> None:
