@@ -125,7 +125,9 @@ def judge(
         step for step in sorted(differences) if reference.used_until(step) != other.used_until(step)
     ]
     worst = {step: max(errors.values(), default=math.inf) for step, errors in variables.items()}
+    nothing = [] if loss and differences else [(0, 0, "a run told or saved nothing")]
     firsts = [
+        *nothing,
         *((step, 0, "other examples were used") for step in other_examples[:1]),
         *_first(worst, 1, "the variables", comparison.limit),
         *_first(norm, 2, "the norm of the gradient", comparison.limit),
