@@ -332,7 +332,9 @@ class TrainStep:
             return
         self._undecided = False
         left_s = (self._plan.total_steps - first_step) * seconds / steps
-        reason = self._why_not_xla(left_s)
+        if left_s < _WORTH_TRYING_S:
+            return  # too short to win compiling back; nothing that anybody needs to read
+        reason = self._why_not_xla()
         if reason:
             self._tell(f"train.compile=auto: graph ({reason})")
             return
@@ -350,10 +352,8 @@ class TrainStep:
         shown = " against ".join(f"{rate:,.0f} steps/s as {m.value}" for m, rate in rates.items())
         self._tell(f"train.compile=auto: {self.mode.value} ({shown})")
 
-    def _why_not_xla(self, left_s: float) -> str:
+    def _why_not_xla(self) -> str:
         """Return why XLA need not be tried; empty if it should be."""
-        if left_s < _WORTH_TRYING_S:
-            return f"the {left_s:.0f} s that are left are too short to win compiling back"
         graph = self._functions[Compile.graph].get_concrete_function().graph.as_graph_def()
         nodes = [n.op for f in graph.library.function for n in f.node_def]
         if self._plan.device_kind == "CPU" and any("Conv" in op for op in nodes):
