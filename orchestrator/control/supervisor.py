@@ -203,6 +203,8 @@ class Supervisor:
 
     def _end_well(self, outcome: Outcome) -> None:
         if outcome is Outcome.completed and self._plan.config.export.enabled:
+            # Workers that have ended wait to be ended; the proof needs their memory.
+            self._group.kill()
             self._group.prove_export()
 
     def _watch(self, attempt: _Attempt) -> None:

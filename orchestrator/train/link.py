@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from typing import NoReturn
 
 from orchestrator.spec.channel import REQUEST_BYTES, frame
 from orchestrator.spec.messages import Message, Request
@@ -40,6 +41,11 @@ class Link:
         """Note a request, also one that came by signal."""
         with self._pending_lock:
             self._pending.add(request)
+
+    def stay(self) -> NoReturn:
+        """Do nothing until the agent ends this process or is gone itself."""
+        while True:
+            threading.Event().wait()
 
     def _listen(self) -> None:
         while byte := os.read(self._control_fd, 1):

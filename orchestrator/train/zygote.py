@@ -268,7 +268,13 @@ def _run_worker(payload: bytes, fds: list[int]) -> int:
 
     link = Link(*fds)
     signal.signal(signal.SIGTERM, lambda *_: link.ask(Request.SAVE_AND_STOP))
-    return run(pickle.loads(payload), link.send, link.pending)
+    order = pickle.loads(payload)
+    status = run(order, link.send, link.pending)
+    if status == 0 and order.addresses:
+        # Others may still be in the last collective, and a peer that leaves breaks it: all stay
+        # until the driver has heard that all have ended, and ends them.
+        link.stay()
+    return status
 
 
 def _run_script(script: str) -> int:

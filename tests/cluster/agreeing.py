@@ -59,7 +59,10 @@ def main(folder: str, worker: str, *ports: str) -> int:
         print(told, flush=True)
 
     plan.paths.root.mkdir(parents=True, exist_ok=True)
-    return run(order, send, pending)
+    status = run(order, send, pending)
+    # The other may still be in the last collective: leave when told that both have ended.
+    sys.stdin.read()
+    return status
 
 
 if __name__ == "__main__":

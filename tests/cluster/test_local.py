@@ -201,13 +201,16 @@ def test_two_workers_with_different_clocks_and_signals_act_alike(tmp_path: Path)
         subprocess.Popen(
             [sys.executable, str(script), str(tmp_path), str(worker), *ports],
             env={**os.environ, "PYTHONPATH": str(rig.ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
         for worker in range(2)
     ]
-    told = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
+    told = [_told_until_the_end(worker) for worker in workers]
+    for worker in workers:
+        worker.communicate(timeout=60)
     assert [worker.returncode for worker in workers] == [0, 0], told
     blocks = [[line for line in lines if line.startswith("block")] for lines in told]
     # Only worker 1 was asked to save after its third block and to stop after its sixth.
@@ -218,3 +221,14 @@ def test_two_workers_with_different_clocks_and_signals_act_alike(tmp_path: Path)
         f"saved {blocks[0][5].split()[-1]}",
     ]
     assert told[0][-1] == told[1][-1] == f"ended stopped {blocks[0][5].split()[-1]}"
+
+
+def _told_until_the_end(worker: subprocess.Popen[str]) -> list[str]:
+    """Return what a worker prints until it says that it has ended, or is gone."""
+    told = []
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        told.append(line.rstrip())
+        if line.startswith("ended"):
+            break
+    return told

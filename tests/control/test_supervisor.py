@@ -133,7 +133,7 @@ def test_the_export_is_proven_once_after_everyone_has_ended(tmp_path: Path) -> N
     desk = Desk(tmp_path, script, workers=2)
     desk.run()
     assert before_the_last == ["start 1 from None"]
-    assert desk.group.calls == ["start 1 from None", "prove_export", "kill"]
+    assert desk.group.calls == ["start 1 from None", "kill", "prove_export", "kill"]
 
 
 def test_a_run_without_export_proves_none(tmp_path: Path) -> None:
@@ -153,6 +153,7 @@ def test_a_dead_worker_ends_the_group_which_restarts_from_the_newest_checkpoint(
         "start 1 from None",
         "kill",
         "start 2 from step-8",
+        "kill",
         "prove_export",
         "kill",
     ]
