@@ -22,6 +22,7 @@ def tiny_config(**changes: Any) -> s.RunConfig:
             name=s.StrategyName.one_device,
             num_workers=1,
             devices_per_worker="1",
+            bytes_per_pack=None,
         ),
         cluster=s.ClusterConfig(
             name=s.ClusterName.local,
@@ -63,6 +64,8 @@ def tiny_config(**changes: Any) -> s.RunConfig:
             freeze=[],
             check_numerics=False,
             profile_steps=None,
+            layer_norms=False,
+            audit_every_steps=None,
         ),
         best=s.BestConfig(metric=None, mode=s.BestMode.min, min_delta=0.0, patience=None),
         precision=s.PrecisionConfig(policy=s.Precision.float32),

@@ -8,6 +8,7 @@ from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import (
     ClusterName,
     Compile,
+    OnNan,
     OptimizerConfig,
     ScheduleName,
     StrategyName,
@@ -158,6 +159,12 @@ def _on_request(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("begins with", f"the weights of {plan.init_from}"))
     if train.freeze:
         rows.append(("frozen", ", ".join(train.freeze)))
+    if train.on_nan is OnNan.skip:
+        rows.append(("not finite", "updates that are not finite are left out"))
+    if train.on_nan is OnNan.rollback:
+        rows.append(("not finite", "the last checkpoint's weights, then the next examples"))
+    if train.layer_norms:
+        rows.append(("norms", "of each variable and its gradient, at every step"))
     if plan.profile_steps is not None:
         rows.append(("profile", f"steps {plan.profile_steps[0]:,} to {plan.profile_steps[1]:,}"))
     return rows
@@ -206,7 +213,8 @@ def _export(plan: RunPlan) -> str:
         return "none"
     name = f", registered as {export.register}" if export.register else ""
     which = " of the best evaluation" if export.weights is Weights.best else ""
-    return f"SavedModel{which}, proven in a clean process{name}"
+    average = " with averaged weights" if plan.exports_averages else ""
+    return f"SavedModel{which}{average}, proven in a clean process{name}"
 
 
 def _hints(plan: RunPlan) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.errors import PlanError
 from orchestrator.spec.paths import RunPaths
-from orchestrator.spec.schema import ClusterName, RunConfig, StrategyName
+from orchestrator.spec.schema import ClusterName, RunConfig, StrategyName, Weights
 from orchestrator.spec.validate_train import parse_profile_steps
 
 
@@ -77,6 +77,17 @@ class RunPlan:
     def num_replicas(self) -> int:
         """Copies of the model over all workers."""
         return self.num_workers * self.devices_per_worker
+
+    @property
+    def exports_averages(self) -> bool:
+        """Whether the model is exported with the moving average of its weights.
+
+        The best evaluation is one of the averages where `train.evaluate_ema` says so.
+        """
+        train, export = self.config.train, self.config.export
+        return export.weights is Weights.ema or (
+            export.weights is Weights.best and train.evaluate_ema
+        )
 
     def worker_replicas(self, worker: int) -> range:
         """Indices, among all replicas, of those of one worker."""

@@ -59,6 +59,7 @@ class OnNan(Enum):
 
     stop = "stop"
     skip = "skip"
+    rollback = "rollback"
 
 
 class BestMode(Enum):
@@ -69,9 +70,10 @@ class BestMode(Enum):
 
 
 class Weights(Enum):
-    """Which weights a run exports: those it ended with, or those of its best evaluation."""
+    """Which weights a run exports: those it ended with, their average, or the best evaluation's."""
 
     last = "last"
+    ema = "ema"
     best = "best"
 
 
@@ -118,6 +120,7 @@ class StrategyConfig:
     name: StrategyName
     num_workers: int
     devices_per_worker: str  # "auto" or a number: OmegaConf has no union of text and int
+    bytes_per_pack: int | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -207,6 +210,8 @@ class TrainConfig:
     freeze: list[str]
     check_numerics: bool
     profile_steps: str | None  # FIRST-LAST
+    layer_norms: bool
+    audit_every_steps: int | None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -59,11 +59,13 @@ def validate(config: RunConfig) -> None:
 def _numbers(config: RunConfig) -> Iterator[str]:
     at_least: list[tuple[str, float | None, float]] = [
         ("strategy.num_workers", config.strategy.num_workers, 1),
+        ("strategy.bytes_per_pack", config.strategy.bytes_per_pack, 1),
         ("train.global_batch_size", config.train.global_batch_size, 1),
         ("train.micro_batches", config.train.micro_batches, 1),
         ("train.steps", config.train.steps, 1),
         ("train.eval_every_steps", config.train.eval_every_steps, 1),
         ("train.max_block_steps", config.train.max_block_steps, 1),
+        ("train.audit_every_steps", config.train.audit_every_steps, 1),
         ("train.seed", config.train.seed, 0),
         ("data.num_examples", config.data.num_examples, 1),
         ("data.num_eval_examples", config.data.num_eval_examples, 0),

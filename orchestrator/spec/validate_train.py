@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from orchestrator.spec.schema import Compile, RunConfig, Weights
+from orchestrator.spec.schema import Compile, OnNan, RunConfig, Weights
 
 _STEPS = re.compile(r"(\d{1,12})-(\d{1,12})")
 
@@ -23,6 +23,14 @@ def train_rules(config: RunConfig) -> Iterator[str]:
         yield "train.check_numerics=true with train.compile=xla: XLA cannot stop at an operation"
     if train.init_from is not None and not train.init_from.strip():
         yield f"train.init_from={train.init_from!r}: name a run, a checkpoint folder or a file"
+    if config.export.weights is Weights.ema and config.optimizer.ema_decay is None:
+        yield "export.weights=ema without a moving average: set optimizer.ema_decay, such as 0.999"
+    saves = config.checkpoint.every_steps is not None or config.checkpoint.every_s is not None
+    if train.on_nan is OnNan.rollback and not saves:
+        yield (
+            "train.on_nan=rollback without checkpoints to go back to: set checkpoint.every_steps "
+            "or checkpoint.every_s"
+        )
     if train.profile_steps is not None:
         try:
             parse_profile_steps(train.profile_steps)

@@ -35,6 +35,11 @@ class Averages:
         """What a checkpoint keeps."""
         return [self._updates, *self._averages]
 
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """What is averaged, in the order of the averages."""
+        return list(self._weights)
+
     def update(self, applied: Any = None) -> None:
         """Follow the weights after an update; call in cross-replica context.
 

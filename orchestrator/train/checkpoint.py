@@ -158,6 +158,18 @@ def read_model(path: Path) -> dict[str, np.ndarray]:
     return {key.split(":", 1)[1]: reader.get_tensor(key) for key in keys if key.startswith(_MODEL)}
 
 
+def read_section(path: Path, section: str) -> list[np.ndarray]:
+    """Return the values of a section besides the model, such as `averages`, in their order.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    store.verify(path)
+    keys = [k for k in store.read_manifest(path)["variables"] if k.startswith(f"{section}/")]
+    reader = tf.train.load_checkpoint(str(path / BUNDLE))
+    return [reader.get_tensor(key) for key in keys]
+
+
 def restore(
     path: Path, variables: Mapping[str, keras.Variable], *, model_only: bool = False
 ) -> int:

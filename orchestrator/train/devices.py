@@ -123,7 +123,8 @@ def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Stra
     implementation = tf.distribute.experimental.CommunicationImplementation
     return tf.distribute.MultiWorkerMirroredStrategy(
         communication_options=tf.distribute.experimental.CommunicationOptions(
-            implementation=implementation.NCCL if on_gpu else implementation.RING
+            implementation=implementation.NCCL if on_gpu else implementation.RING,
+            bytes_per_pack=plan.config.strategy.bytes_per_pack or 0,
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import tensorflow as tf
 
 from orchestrator.errors import ExportError, RestoreError
 from orchestrator.spec.paths import RunPaths
-from orchestrator.train.checkpoint import model_variables, restore
+from orchestrator.train.averages import Averages
+from orchestrator.train.checkpoint import model_variables, read_section, restore
 from orchestrator.train.job import Job
 from orchestrator.train.sources import Feature, Source
 
@@ -56,6 +58,7 @@ def export_model(
     source: Source,
     paths: RunPaths,
     checkpoint: Path | None = None,
+    averages: Averages | None = None,
 ) -> Signature:
     """Write the SavedModel and the golden batch.
 
@@ -67,7 +70,8 @@ def export_model(
         model: the live model.
         source: where golden inputs come from when `serve` takes feature `x`.
         paths: of the run.
-        checkpoint: whose weights are exported; None for those the live model has.
+        checkpoint: whose weights are exported; None for those of this moment.
+        averages: export these, of the checkpoint or of this moment, instead of the weights.
 
     Raises:
         ExportError: the checkpoint cannot be read, or `serve` does not take one tensor and give
@@ -75,12 +79,14 @@ def export_model(
     """
     feature, inputs = _golden_inputs(job, source)
     twin = job.model()
-    if checkpoint is None:
-        for copy, original in zip(twin.variables, model.variables, strict=True):
-            copy.assign(tf.convert_to_tensor(original.value))
+    if checkpoint is not None:
+        _load(checkpoint, twin, model, averages)
     else:
-        _load(checkpoint, twin)
-    live = model if checkpoint is None else twin
+        with averages.in_place() if averages is not None else nullcontext():
+            for copy, original in zip(twin.variables, model.variables, strict=True):
+                copy.assign(tf.convert_to_tensor(original.value))
+    # The live model has passed through the strategy; the twin only where its weights are others.
+    live = model if checkpoint is None and averages is None else twin
     answers = _plain_float(job.serve(live, tf.constant(inputs)))
     if not tf.is_tensor(answers) or answers.shape.rank == 0 or answers.shape[0] != len(inputs):
         found = getattr(answers, "shape", type(answers).__name__)
@@ -104,13 +110,21 @@ def export_model(
     )
 
 
-def _load(checkpoint: Path, twin: keras.Model) -> None:
+def _load(
+    checkpoint: Path, twin: keras.Model, model: keras.Model, averages: Averages | None
+) -> None:
+    """Give the twin of the trained model what a checkpoint holds."""
     try:
         restore(checkpoint, model_variables(twin), model_only=True)
     except RestoreError as error:
         raise ExportError(
             f"export.weights=best: {error}\nexport the last ones with export.weights=last"
         ) from error
+    if averages is not None:
+        _, *values = read_section(checkpoint, "averages")
+        place = {id(variable): index for index, variable in enumerate(model.variables)}
+        for weight, value in zip(averages.weights, values, strict=True):
+            twin.variables[place[id(weight)]].assign(value)
 
 
 def _golden_inputs(job: Job, source: Source) -> tuple[Feature, np.ndarray]:

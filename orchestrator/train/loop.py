@@ -9,71 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from orchestrator.errors import JobError
 from orchestrator.spec.messages import BlockDone, Evaluated, Notice, Outcome, Phase, Request
 from orchestrator.spec.plan import RunPlan
-from orchestrator.spec.schema import OnNan
+from orchestrator.train.agreement import Agreement, Wish
+from orchestrator.train.audit import Audit
 from orchestrator.train.best import BestEvaluation
+from orchestrator.train.block import BlockResult, step_means
 from orchestrator.train.checkpoint import Saver
 from orchestrator.train.data import Feeder, ledger_hash
 from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.guards import NanGuard
 from orchestrator.train.job import Progress
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.profile import Profile
-from orchestrator.train.report import Reporter, Stopped
+from orchestrator.train.report import Reporter
 from orchestrator.train.schedule import BlockLength, Schedule
-from orchestrator.train.step import BlockResult, TrainStep
-
-_SHOWN_IDS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What one worker would do after a block; `num_steps` counts from the chief only.
-
-    `stop` interrupts the run, `finish` completes it before its last step.
-    """
-
-    save: bool = False
-    stop: bool = False
-    finish: bool = False
-    guilty: bool = False
-    num_steps: int = 0
-
-
-class Agreement:
-    """Lets all workers decide alike at the end of a block.
-
-    No worker acts on its own clock, signal or file: two that decide apart wait for ever in an
-    all-reduce. Their wishes are added up over all workers instead, and everyone acts on the sum.
-    """
-
-    def __init__(self, strategy: tf.distribute.Strategy, plan: RunPlan, worker: int):
-        self._strategy = strategy
-        self._is_chief = worker == 0
-        self._alone = plan.num_workers == 1
-        self._replicas = plan.devices_per_worker
-        self._sum = tf.function(self._reduce, input_signature=[tf.TensorSpec([5], tf.float32)])
-
-    def decide(self, wish: Wish) -> Wish:
-        """Return what all workers do; every worker must call this equally often."""
-        if self._alone:
-            return wish
-        steps = wish.num_steps if self._is_chief else 0
-        own = tf.constant([wish.save, wish.stop, wish.finish, wish.guilty, steps], tf.float32)
-        save, stop, finish, guilty, num_steps = self._sum(own).numpy()
-        return Wish(save > 0, stop > 0, finish > 0, guilty > 0, int(num_steps))
-
-    def _reduce(self, own: Any) -> Any:
-        def add_up(vector: Any) -> Any:
-            context = tf.distribute.get_replica_context()
-            # Every local replica brings its worker's wish along: a share each.
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, vector / self._replicas)
-
-        total = self._strategy.run(add_up, (own,))
-        return tf.round(self._strategy.experimental_local_results(total)[0])
+from orchestrator.train.step import TrainStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +40,10 @@ class Parts:
     optimizers: Optimizers
     saver: Saver | None
     agreement: Agreement
+    guard: NanGuard
     reporter: Reporter
     pending: Callable[[], set[Request]]
+    audit: Audit | None = None
     best: BestEvaluation | None = None
     on_block: Callable[[Progress], None] | None = None
     profile: Profile | None = None
@@ -116,21 +70,25 @@ class Loop:
             How it ended and the last step done.
 
         Raises:
-            JobError: a loss or gradient is not finite and `train.on_nan` is stop.
+            JobError: a loss or gradient is not finite, or replicas have drifted apart.
         """
         if self._parts.best is not None and self._parts.best.is_exhausted:
             return Outcome.completed, step  # the run had ended early, and failed after that
         num_steps = self._schedule.clip(step, self._length.steps)
         self._parts.reporter.enter(Phase.tracing)
         while step < self._plan.total_steps:
+            first = step
             result, wall_s = self._block(step, num_steps)
-            step += num_steps
+            step += len(result.finite)
             self._parts.reporter.step = step
+            self._parts.guard.roll_back(result, step)
             if self._schedule.evaluation_due(step):
                 self._evaluate(step)
+            if self._parts.audit is not None and self._schedule.audit_due(step):
+                self._parts.audit.check(step)
             wish = self._wish(result, num_steps, wall_s)
             decision = self._parts.agreement.decide(wish)
-            self._refuse_nan(result, step - num_steps, wish, decision)
+            self._parts.guard.refuse(result, first, wish, decision)
             ends = decision.stop or decision.finish
             if decision.save or ends or self._schedule.checkpoint_due(step):
                 self._save(step)
@@ -139,7 +97,7 @@ class Loop:
             if decision.stop and step < self._plan.total_steps:
                 self._explain_stop()
                 return Outcome.stopped, step
-            num_steps = self._schedule.clip(step, decision.num_steps)
+            num_steps = self._schedule.clip(step, decision.number)
         return Outcome.completed, step
 
     def _block(self, step: int, num_steps: int) -> tuple[BlockResult, float]:
@@ -153,11 +111,11 @@ class Loop:
         rates = parts.optimizers.learning_rates(num_steps) if self._is_chief else {}
         if parts.profile is not None:
             parts.profile.before(step)
-        result = parts.step.run(step, num_steps, feed)
+        result = parts.guard.cut(parts.step.run(step, num_steps, feed))
         if parts.profile is not None:
             parts.profile.after(after)
         wall_s = parts.clock() - start
-        self._report(step, num_steps, result, rates, (wall_s, data_wait_s))
+        self._report(step, result, rates, (wall_s, data_wait_s))
         if parts.reporter.phase is Phase.tracing:
             parts.reporter.enter(Phase.stepping)
         return result, wall_s
@@ -165,17 +123,19 @@ class Loop:
     def _report(
         self,
         step: int,
-        num_steps: int,
         result: BlockResult,
         rates: dict[str, np.ndarray],
         seconds: tuple[float, float],
     ) -> None:
+        num_steps = len(result.finite)
         ledger = sum(ledger_hash(ids, step) for ids in result.ids) % 2**64
         values: dict[str, Any] = {}
         if self._is_chief:
             series = step_means(result)
             first, *others = rates
+            rates = {name: values[:num_steps] for name, values in rates.items()}
             metrics = {name: as_floats(v) for name, v in series.items() if name != "loss"}
+            metrics |= {name: as_floats(v) for name, v in result.norms.items()}
             metrics["gradient_norm"] = as_floats(result.gradient_norm)
             if self._parts.optimizers.loss_scale is not None:
                 metrics["loss_scale"] = as_floats(result.loss_scale)
@@ -215,7 +175,7 @@ class Loop:
             stop=Request.SAVE_AND_STOP in requests or self._is_out_of_time(),
             finish=self._is_chief and best is not None and best.is_exhausted,
             guilty=not result.local_finite.all(),
-            num_steps=self._length.steps,
+            number=self._length.steps,
         )
 
     def _is_out_of_time(self) -> bool:
@@ -263,48 +223,7 @@ class Loop:
             self._is_best = False
             self._last_save = self._parts.clock()
 
-    def _refuse_nan(self, result: BlockResult, first: int, own: Wish, all_workers: Wish) -> None:
-        """Stop at the first step that was not finite, told by the worker whose loss it was."""
-        broken = ~result.finite & ~result.overflowed
-        if self._plan.config.train.on_nan is not OnNan.stop or not broken.any():
-            return
-        index = int(np.flatnonzero(broken)[0])
-        step = first + index + 1
-        if all_workers.guilty and not own.guilty:
-            raise Stopped(f"step {step} was not finite on another worker")
-        if not all_workers.guilty and not self._is_chief:
-            raise Stopped(f"step {step} was not finite; the chief tells about it")
-        what = "gradient" if result.local_finite[index].all() else "loss"
-        bad = result.bad_variable[index]
-        named = f"; the first bad gradient is that of {bad}" if bad else ""
-        raise JobError(
-            f"the {what} is not finite at step {step}, worker {self._parts.worker}, examples "
-            f"{_guilty_ids(result, index)}{named}; the update was not applied. Look at these "
-            "examples, lower optimizer.learning_rate, set optimizer.clip_global_norm, or skip such "
-            "updates with train.on_nan=skip"
-        )
-
-
-def step_means(result: BlockResult) -> dict[str, np.ndarray]:
-    """Return the weighted means of each step, [n]; a metric of k columns gives `name/0` to k-1."""
-    means = {}
-    for name, sums in result.sums.items():
-        if sums.ndim == 1:
-            means[name] = sums / result.weight
-        else:
-            means.update({f"{name}/{i}": sums[:, i] / result.weight for i in range(sums.shape[1])})
-    return means
-
 
 def as_floats(values: np.ndarray) -> tuple[float, ...]:
     """Return an array as plain floats, which cross process borders without NumPy."""
     return tuple(values.tolist())
-
-
-def _guilty_ids(result: BlockResult, index: int) -> str:
-    bad = [
-        ids[index] for ids, ok in zip(result.ids, result.local_finite[index], strict=True) if not ok
-    ]
-    ids = np.concatenate(bad or [ids[index] for ids in result.ids]).tolist()
-    shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
-    return f"[{shown}{f', ... {len(ids)} in all' if len(ids) > _SHOWN_IDS else ''}]"

@@ -43,6 +43,8 @@ class Schedule:
         every = plan.config.checkpoint.every_steps
         self._checkpoint = Period(None if every is None else Fraction(every))
         self._has_evaluation = plan.eval_steps > 0
+        audit = plan.config.train.audit_every_steps if plan.num_replicas > 1 else None
+        self._audit = Period(None if audit is None else Fraction(audit))
         first, last = plan.profile_steps or (1, plan.total_steps)
         self._borders = (first - 1, last)
 
@@ -55,9 +57,14 @@ class Schedule:
         """Tell whether to save after `step` steps; always at the end."""
         return step == self.total_steps or self._checkpoint.is_due(step)
 
+    def audit_due(self, step: int) -> bool:
+        """Tell whether to compare the replicas after `step` steps."""
+        return self._audit.is_due(step)
+
     def clip(self, step: int, num_steps: int) -> int:
         """Shorten a block that begins after `step` so that it does not pass a due point."""
-        dues = [self._evaluation.next_due(step), self._checkpoint.next_due(step), self.total_steps]
+        periods = (self._evaluation, self._checkpoint, self._audit)
+        dues = [self.total_steps, *(period.next_due(step) for period in periods)]
         dues += [border for border in self._borders if border > step]
         return max(0, min([num_steps, *(due - step for due in dues if due is not None)]))
 

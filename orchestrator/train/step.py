@@ -12,8 +12,7 @@ a `tf.cond` around an optimizer inside a replica fails under every strategy (Ten
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -22,46 +21,15 @@ import tensorflow as tf
 
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
+from orchestrator.train.block import BlockResult, Rows
+from orchestrator.train.choice import Choice
 from orchestrator.train.data import Feed, Shard
 from orchestrator.train.inputs import Resident, feature_spec, step_features
 from orchestrator.train.job import Job, flatten_groups
+from orchestrator.train.names import renamed, stable_names
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.replica import Replicas, local_replica
 from orchestrator.train.sources import Source
-from orchestrator.train.sums import Layout
-
-# XLA is tried when at least so much time is left, because compiling costs about a second ...
-_WORTH_TRYING_S = 5.0
-# ... and more for larger graphs: about 4 ms a node.
-_MOST_NODES = 1_500
-_TRIAL_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class BlockResult:
-    """What a block of n steps reports, on the host.
-
-    Attributes:
-        sums: for `loss` and each metric the weighted sums over the global batch, [n] or [n, k].
-        weight: the sums of the weights, [n].
-        gradient_norm: global norm of the mean gradient before it is clipped, [n].
-        loss_scale: of each step, [n]; 1 without float16.
-        finite: whether the update was applied, bool [n].
-        overflowed: not applied because float16 overflowed, which the loss scale expects, bool [n].
-        bad_variable: path of the first variable whose gradient is not finite; "" without one.
-        local_finite: whether the loss of each local replica was finite, bool [n, local replicas].
-        ids: for each local replica the examples as the steps used them, int64 [n, batch].
-    """
-
-    sums: Mapping[str, np.ndarray]
-    weight: np.ndarray
-    gradient_norm: np.ndarray
-    loss_scale: np.ndarray
-    finite: np.ndarray
-    overflowed: np.ndarray
-    bad_variable: list[str]
-    local_finite: np.ndarray
-    ids: list[np.ndarray]
 
 
 class TrainStep:
@@ -97,21 +65,18 @@ class TrainStep:
         self._shards = shards
         self._resident = resident
         self._replicas = Replicas(plan, job, model, optimizers.groups, shards)
-        self._layout: Layout | None = None
         self._groups = optimizers.groups
         self._variables = flatten_groups(optimizers.groups)
         self._moving: list[keras.Variable] = []
         self._tell = tell
-        self._undecided = False
-        self._last = (0, 0.0)  # steps and seconds of the last block that was not the first
-        self._is_traced = False
-        asked = plan.config.train.compile
-        if asked is Compile.auto:
-            # Several replicas cannot be compiled as a whole; results differ in the last bits.
-            self._undecided = plan.num_replicas == 1 and not plan.config.train.deterministic
-        else:
-            self.mode = asked
+        names = stable_names(model)
+        paths = [renamed(variable.path, names) for variable in self._variables]
+        self._rows = Rows(paths, len(shards), with_norms=plan.config.train.layer_norms)
         is_resident = resident.tables is not None
+        state = [v for section in optimizers.variables.values() for v in section]
+        self._choice = Choice(plan, [*model.variables, *state], is_resident=is_resident)
+        if plan.config.train.compile is not Compile.auto:
+            self.mode = plan.config.train.compile
         feeds = [
             (
                 tf.TensorSpec([None, shard.size], tf.int64),
@@ -134,14 +99,12 @@ class TrainStep:
         Raises:
             JobError: the job's losses, metrics or gradients have the wrong form.
         """
-        if self._undecided:
-            self._decide(first_step, num_steps, feed)
+        if self._choice.is_open:
+            self._choose(first_step, num_steps, feed)
         start = time.monotonic()
         rows, finite, ids = self._call(self.mode, first_step, num_steps, feed)
-        result = self._result(rows.numpy(), finite.numpy(), [part.numpy() for part in ids])
-        if self._is_traced:
-            self._last = (num_steps, time.monotonic() - start)
-        self._is_traced = True
+        result = self._rows.read(rows.numpy(), finite.numpy(), [part.numpy() for part in ids])
+        self._choice.observe(num_steps, time.monotonic() - start)
         return result
 
     def _call(self, mode: Compile, first_step: int, num_steps: int, feed: Feed) -> Any:
@@ -162,28 +125,6 @@ class TrainStep:
     def _longest(self) -> int:
         train = self._plan.config.train
         return min(train.max_block_steps, self._plan.total_steps)
-
-    def _result(self, rows: np.ndarray, finite: np.ndarray, ids: list[np.ndarray]) -> BlockResult:
-        """Take the columns of a block's rows apart: see `_row`."""
-        assert self._layout is not None
-        columns = rows.astype(np.float64)
-        norm, bad, scale = columns[:, 0], columns[:, 1], columns[:, 2]
-        local = columns[:, 3 : 3 + len(self._shards)]
-        weight, sums = columns[:, 3 + len(self._shards)], columns[:, 4 + len(self._shards) :]
-        split = self._layout.split(sums)
-        names = ["", *(variable.path for variable in self._variables)]
-        return BlockResult(
-            sums=split,
-            weight=weight,
-            gradient_norm=norm,
-            loss_scale=scale,
-            finite=finite,
-            # At a scale of 1 it is not the scale's doing any more.
-            overflowed=~finite & np.isfinite(split["loss"]) & (scale > 1),
-            bad_variable=[names[int(index)] for index in bad],
-            local_finite=np.isfinite(local),
-            ids=ids,
-        )
 
     def _chosen_block(self, first_step: Any, num_steps: Any, feeds: Any) -> Any:
         """Run a block in the form that XLA compiles well."""
@@ -212,7 +153,7 @@ class TrainStep:
             # The norm tells more than the loss, which a ReLU can keep finite; check both.
             ok = tf.math.is_finite(norm) & tf.math.is_finite(sums[1])
             local = self._strategy.experimental_local_results(local_loss)
-            row = self._row(squares, norm, sums, local)
+            row = self._row(squares, norm, sums, local, compiled=choose)
             if choose:
                 self._update(reduced, norm, ok)
             else:
@@ -229,18 +170,27 @@ class TrainStep:
         )
         return rows.stack(), finite.stack(), [array.stack() for array in ids]
 
-    def _row(self, squares: Any, norm: Any, sums: Any, local: Sequence[Any]) -> Any:
-        """Return what one step reports: norm, bad variable, loss scale, local losses, sums."""
-        wrong = ~tf.math.is_finite(squares)
-        # Counted from 1, so that 0 means none.
-        bad = tf.where(tf.reduce_any(wrong), tf.argmax(tf.cast(wrong, tf.int32)) + 1, 0)
-        scale = self._optimizers.loss_scale
-        scale = tf.ones_like(norm) if scale is None else tf.cast(scale.value, sums.dtype)
-        mean = norm * self._factor(sums)
-        return tf.concat([[mean, tf.cast(bad, sums.dtype), scale], tf.stack(local), sums], 0)
+    def _row(
+        self, squares: Any, norm: Any, sums: Any, local: Sequence[Any], *, compiled: bool
+    ) -> Any:
+        """Return what one step reports."""
+        factor, scale = self._factor(sums), self._optimizers.loss_scale
+        weight_squares = None
+        if self._rows.with_norms:
+            values = [tf.convert_to_tensor(variable.value) for variable in self._variables]
+            weight_squares = self._squares(values, compiled=compiled)
+        return self._rows.write(
+            squares=squares,
+            mean_norm=norm * factor,
+            factor=factor,
+            scale=tf.ones_like(norm) if scale is None else scale.value,
+            local=local,
+            sums=sums,
+            weight_squares=weight_squares,
+        )
 
     def _squares(self, gradients: Sequence[Any], *, compiled: bool) -> Any:
-        """Return the sum of squares of each gradient, [number of variables]."""
+        """Return the sum of squares of each array, [number of variables]."""
         dtype = self._replicas.sum_dtype
         squares = []
         for gradient in gradients:
@@ -266,7 +216,7 @@ class TrainStep:
         raw = self._resident.rows(local, ids, step_features(block_features, i))
         step = first_step + tf.cast(i, tf.int64)
         share = self._replicas.share(local, step, raw, self._scale())
-        self._layout = share.layout
+        self._rows.layout = share.layout
         self._moving = [variable for variable, _ in share.moved]
         num_replicas = self._plan.num_replicas
         gradients, are_reduced = self._replicas.all_dense(local, share.gradients)
@@ -325,42 +275,18 @@ class TrainStep:
     def _first(self, reduced: Sequence[Any]) -> list[Any]:
         return [self._strategy.experimental_local_results(value)[0] for value in reduced]
 
-    def _decide(self, first_step: int, num_steps: int, feed: Feed) -> None:
-        """Choose between graph and XLA by running both, once a block's time is known."""
-        steps, seconds = self._last
-        if seconds < _TRIAL_S or self._resident.tables is None:
-            return
-        self._undecided = False
-        left_s = (self._plan.total_steps - first_step) * seconds / steps
-        if left_s < _WORTH_TRYING_S:
-            return  # too short to win compiling back; nothing that anybody needs to read
-        reason = self._why_not_xla()
-        if reason:
-            self._tell(f"train.compile=auto: graph ({reason})")
-            return
-        state = [*self._model.variables]
-        state += [v for section in self._optimizers.variables.values() for v in section]
-        before = [tf.identity(tf.convert_to_tensor(variable.value)) for variable in state]
-        rates = {}
-        for mode in (Compile.xla, Compile.xla, Compile.graph):  # the first one compiles
-            start = time.monotonic()
-            self._call(mode, first_step, num_steps, feed)[0].numpy()
-            rates[mode] = num_steps / (time.monotonic() - start)
-            for variable, value in zip(state, before, strict=True):
-                variable.assign(value)
-        self.mode = max(rates, key=lambda mode: rates[mode])
-        shown = " against ".join(f"{rate:,.0f} steps/s as {m.value}" for m, rate in rates.items())
-        self._tell(f"train.compile=auto: {self.mode.value} ({shown})")
-
-    def _why_not_xla(self) -> str:
-        """Return why XLA need not be tried; empty if it should be."""
-        graph = self._functions[Compile.graph].get_concrete_function().graph.as_graph_def()
-        nodes = [n.op for f in graph.library.function for n in f.node_def]
-        if self._plan.device_kind == "CPU" and any("Conv" in op for op in nodes):
-            return "convolutions on CPUs are slower under XLA"
-        if len(nodes) > _MOST_NODES:
-            return f"{len(nodes):,} operations would take long to compile"
-        return ""
+    def _choose(self, first_step: int, num_steps: int, feed: Feed) -> None:
+        """Settle `train.compile=auto`, once there is something to judge by."""
+        found = self._choice.decide(
+            self._plan.total_steps - first_step,
+            num_steps,
+            lambda: self._functions[Compile.graph].get_concrete_function().graph.as_graph_def(),
+            lambda mode: self._call(mode, first_step, num_steps, feed)[0].numpy(),
+        )
+        if found is not None:
+            self.mode, sentence = found
+            if sentence:
+                self._tell(sentence)
 
 
 def _filled(array: np.ndarray, length: int) -> Any:

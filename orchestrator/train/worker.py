@@ -25,6 +25,8 @@ from orchestrator.spec.messages import (
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Weights
 from orchestrator.train import datasets, store
+from orchestrator.train.agreement import Agreement
+from orchestrator.train.audit import Audit
 from orchestrator.train.best import BestEvaluation, require_metric
 from orchestrator.train.checkpoint import Saver, named_variables, restore
 from orchestrator.train.data import Feeder, Order, make_shards
@@ -32,12 +34,13 @@ from orchestrator.train.devices import build_strategy, configure_devices, overru
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.export import export_model
 from orchestrator.train.freeze import freeze
+from orchestrator.train.guards import NanGuard
 from orchestrator.train.initial import load_initial
 from orchestrator.train.inputs import Resident
 from orchestrator.train.introduce import tell_data, tell_ready, versions
 from orchestrator.train.job import Job
 from orchestrator.train.loading import checked_model, load_job, load_source
-from orchestrator.train.loop import Agreement, Loop, Parts, Wish
+from orchestrator.train.loop import Loop, Parts
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter
@@ -110,7 +113,7 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
         _export(reporter, made, plan, _exported_checkpoint(plan, parts.best, step))
     # A worker that leaves early is a lost peer to the others.
     reporter.enter(Phase.ending)
-    parts.agreement.decide(Wish())
+    parts.agreement.wait_for_all()
     reporter.tell(Ended, step=step, outcome=outcome)
 
 
@@ -214,6 +217,7 @@ def _assemble(
             facts={"run": plan.run, "attempt": order.attempt, "versions": versions()},
             announce=reporter.tell,
         )
+    agreement = Agreement(strategy, plan, order.worker)
     return Parts(
         plan=plan,
         worker=order.worker,
@@ -238,13 +242,21 @@ def _assemble(
         ),
         optimizers=made.optimizers,
         saver=saver,
-        agreement=Agreement(strategy, plan, order.worker),
+        agreement=agreement,
+        guard=NanGuard(plan, order.worker, reporter, agreement, saver, made.variables),
+        audit=_audit(order, made),
         reporter=reporter,
         pending=pending,
         best=_best(order, evaluation),
         on_block=job.on_block,
         profile=Profile(plan) if order.worker == 0 else None,
     )
+
+
+def _audit(order: WorkerOrder, made: _Made) -> Audit | None:
+    if order.plan.num_replicas == 1 or order.plan.config.train.audit_every_steps is None:
+        return None
+    return Audit(made.strategy, order.plan, order.worker, made.variables)
 
 
 def _tell_end(reporter: Reporter, made: _Made, best: BestEvaluation | None) -> None:
@@ -264,7 +276,7 @@ def _tell_end(reporter: Reporter, made: _Made, best: BestEvaluation | None) -> N
 
 def _exported_checkpoint(plan: RunPlan, best: BestEvaluation | None, step: int) -> Path | None:
     """Return the checkpoint to export; None for the weights that the model has."""
-    if plan.config.export.weights is Weights.last or best is None:
+    if plan.config.export.weights is not Weights.best or best is None:
         return None
     if best.state.step in (None, step):
         return None
@@ -275,7 +287,8 @@ def _export(reporter: Reporter, made: _Made, plan: RunPlan, checkpoint: Path | N
     reporter.enter(Phase.exporting, str(checkpoint or ""))
     start = reporter.clock()
     source = made.eval_source or made.train_source
-    signature = export_model(made.job, made.model, source, plan.paths, checkpoint)
+    averages = made.optimizers.averages if plan.exports_averages else None
+    signature = export_model(made.job, made.model, source, plan.paths, checkpoint, averages)
     reporter.tell(
         Exported,
         step=store.step_of(checkpoint) if checkpoint is not None else reporter.step,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.process_group import ProcessGroup
-from orchestrator.spec.messages import Death, Ended, Failed, Message, Ready
-from orchestrator.spec.schema import StrategyName
+from orchestrator.spec.messages import BlockDone, Death, Ended, Failed, Message, Notice, Ready
+from orchestrator.spec.schema import OnNan, StrategyName
 from tests.control.conftest import is_gone, wait_until
 from tests.plans import tiny_plan
 
@@ -17,13 +18,14 @@ from tests.plans import tiny_plan
 _LEAVING_S = 1.0
 
 
-def test_no_worker_leaves_before_it_is_ended(zygote: Zygote, tmp_path: Path) -> None:
-    """A peer that leaves while another is in the last collective makes that one fail."""
+def run_two(zygote: Zygote, folder: Path, **changes: Any) -> tuple[ProcessGroup, list[Message]]:
+    """Run two workers until both have ended; the group is still to be killed."""
     plan = tiny_plan(
-        tmp_path,
+        folder,
         strategy__name=StrategyName.multi_worker,
         strategy__num_workers=2,
         export__enabled=False,
+        **changes,
     )
     group = ProcessGroup(zygote=zygote.socket_path, ports=(21500, 21599))
     told: list[Message] = []
@@ -36,9 +38,38 @@ def test_no_worker_leaves_before_it_is_ended(zygote: Zygote, tmp_path: Path) -> 
     try:
         group.start(plan, 1, None)
         wait_until(all_ended, "both workers end")
+    except BaseException:
+        group.kill()
+        raise
+    return group, told
+
+
+def test_no_worker_leaves_before_it_is_ended(zygote: Zygote, tmp_path: Path) -> None:
+    """A peer that leaves while another is in the last collective makes that one fail."""
+    group, told = run_two(zygote, tmp_path)
+    try:
         workers = [psutil.Process(m.pid) for m in told if isinstance(m, Ready)]
         gone, alive = psutil.wait_procs(workers, timeout=_LEAVING_S)
         assert not gone and len(alive) == 2
     finally:
         group.kill()
     assert all(is_gone(worker.pid) for worker in workers)
+
+
+def test_two_workers_go_back_to_a_checkpoint_together(zygote: Zygote, tmp_path: Path) -> None:
+    group, told = run_two(
+        zygote,
+        tmp_path,
+        job__class_name="tests.train.faulty.Poisoned",
+        job__args={"steps": [7]},
+        train__on_nan=OnNan.rollback,
+        train__audit_every_steps=3,
+        checkpoint__every_steps=4,
+    )
+    group.kill()
+    [notice] = [m.text for m in told if isinstance(m, Notice) and "not finite" in m.text]
+    assert "at step 7" in notice and notice.endswith("the weights are those of step 4 again")
+    for worker in range(2):
+        blocks = [m for m in told if isinstance(m, BlockDone) and m.worker == worker]
+        assert sum(block.num_steps for block in blocks) == 12
+        assert [b.skipped_steps for b in blocks if b.skipped_steps] == [(7,)]

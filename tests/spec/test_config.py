@@ -175,6 +175,9 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("train.epochs=nan", ("train.epochs=nan", "greater than 0")),
     ("train.epochs=inf", ("train.epochs=inf", "greater than 0")),
     ("train.steps=0", ("train.steps=0", "at least 1")),
+    ("train.audit_every_steps=0", ("train.audit_every_steps=0", "at least 1")),
+    ("strategy.bytes_per_pack=0", ("strategy.bytes_per_pack=0", "at least 1")),
+    ("export.weights=ema", ("export.weights=ema", "set optimizer.ema_decay")),
     ("train.seed=-1", ("train.seed=-1", "at least 0")),
     (f"train.seed={2**63}", (f"train.seed={2**63}", "at most 2^63-1")),
     ("train.eval_every_epochs=0", ("train.eval_every_epochs=0", "greater than 0")),
@@ -269,6 +272,10 @@ def test_a_mistake_is_told_with_value_rule_and_key(
         (
             ["strategy=multi_worker", "strategy.num_workers=3", "cluster.port_range=3000-3001"],
             ("cluster.port_range=3000-3001", "fewer", "strategy.num_workers=3"),
+        ),
+        (
+            ["train.on_nan=rollback", "checkpoint.every_s=null"],
+            ("train.on_nan=rollback", "checkpoint.every_steps or checkpoint.every_s"),
         ),
         (
             ["train.steps=9", "schedule.warmup_steps=9"],

@@ -25,7 +25,9 @@ from orchestrator.spec.messages import (
     Saved,
     WorkerOrder,
 )
-from orchestrator.train import worker
+from orchestrator.spec.schema import BestMode, Weights
+from orchestrator.train import store, worker
+from orchestrator.train.checkpoint import read_model, read_section
 from tests.plans import tiny_plan
 from tests.train.tiny import Tiny
 
@@ -181,3 +183,35 @@ def test_a_loss_that_is_not_finite_stops_with_step_worker_and_examples(tmp_path:
     assert "not finite at step" in failed.error
     assert "worker 0, examples [" in failed.error
     assert "train.on_nan=skip" in failed.error
+
+
+@pytest.mark.parametrize("weights", ["ema", "best"])
+def test_the_average_of_the_weights_is_exported_on_request(tmp_path: Path, weights: str) -> None:
+    changes: dict[str, Any] = {
+        "optimizer__ema_decay": 0.9,
+        "train__evaluate_ema": True,
+        "export__weights": Weights[weights],
+        "checkpoint__every_steps": 4,
+    }
+    if weights == "best":
+        # The first evaluation is the best one for ever: it is not the last weights' either.
+        changes |= {
+            "best__metric": "loss",
+            "best__mode": BestMode.max,
+            "train__eval_every_steps": 4,
+        }
+    told = live(tmp_path, **changes)
+    [exported] = only(told, Exported)
+    assert exported.step == (12 if weights == "ema" else 4)
+    plan = tiny_plan(tmp_path)
+    path = plan.paths.checkpoints_dir / store.checkpoint_name(exported.step)
+    twin = Tiny().model()
+    for variable, value in zip(twin.variables, read_section(path, "averages")[1:], strict=True):
+        variable.assign(value)
+    golden = np.load(plan.paths.golden)
+    np.testing.assert_allclose(golden["outputs"], twin(golden["inputs"]), atol=1e-6)
+    loaded = tf.saved_model.load(exported.path)
+    np.testing.assert_allclose(loaded(golden["inputs"]), golden["outputs"], atol=1e-6)
+    for variable, value in zip(twin.variables, read_model(path).values(), strict=True):
+        variable.assign(value)
+    assert np.abs(golden["outputs"] - twin(golden["inputs"])).max() > 1e-3

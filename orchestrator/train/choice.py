@@ -1,0 +1,103 @@
+"""`train.compile=auto`: graph or XLA, whichever runs a block faster here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import Compile
+
+# XLA is tried when at least so much time is left, because compiling costs about a second ...
+_WORTH_TRYING_S = 5.0
+# ... and more for larger graphs: about 4 ms a node.
+_MOST_NODES = 1_500
+_TRIAL_S = 0.1
+
+
+class Choice:
+    """Decides once, when a block's time is known.
+
+    Attributes:
+        is_open: nothing is decided yet.
+    """
+
+    def __init__(self, plan: RunPlan, state: Sequence[keras.Variable], *, is_resident: bool):
+        """Decide at once where there is nothing to choose.
+
+        Args:
+            plan: of the run.
+            state: every variable that a block may change: a trial leaves no trace in them.
+            is_resident: whether the data lies on the device; blocks of fetched features would
+                have to be as long as the longest one under XLA.
+        """
+        self._plan = plan
+        self._state = state
+        # Several replicas cannot be compiled as a whole; results differ in the last bits.
+        self.is_open = (
+            plan.config.train.compile is Compile.auto
+            and plan.num_replicas == 1
+            and not plan.config.train.deterministic
+            and is_resident
+        )
+        self._last = (0, 0.0)  # steps and seconds of the last block that was not the first
+        self._is_traced = False
+
+    def observe(self, num_steps: int, wall_s: float) -> None:
+        """Learn the time of a block; the first one traced and tells nothing."""
+        if self._is_traced:
+            self._last = (num_steps, wall_s)
+        self._is_traced = True
+
+    def decide(
+        self,
+        steps_left: int,
+        num_steps: int,
+        graph: Callable[[], Any],
+        run: Callable[[Compile], None],
+    ) -> tuple[Compile, str] | None:
+        """Return the faster mode with a sentence about it; None as long as it is too early.
+
+        Args:
+            steps_left: of the run.
+            num_steps: of the block that is run in each mode.
+            graph: returns the traced block's GraphDef.
+            run: runs that block in a mode, to its end.
+        """
+        steps, seconds = self._last
+        if seconds < _TRIAL_S:
+            return None
+        self.is_open = False
+        if steps_left * seconds / steps < _WORTH_TRYING_S:
+            return Compile.graph, ""  # too short to win compiling back: nothing to tell about
+        reason = self._why_not_xla(graph())
+        if reason:
+            return Compile.graph, f"train.compile=auto: graph ({reason})"
+        rates = self._rates(num_steps, run)
+        best = max(rates, key=lambda mode: rates[mode])
+        shown = " against ".join(f"{rate:,.0f} steps/s as {m.value}" for m, rate in rates.items())
+        return best, f"train.compile=auto: {best.value} ({shown})"
+
+    def _rates(self, num_steps: int, run: Callable[[Compile], None]) -> dict[Compile, float]:
+        before = [tf.identity(tf.convert_to_tensor(variable.value)) for variable in self._state]
+        rates = {}
+        for mode in (Compile.xla, Compile.xla, Compile.graph):  # the first one compiles
+            start = time.monotonic()
+            run(mode)
+            rates[mode] = num_steps / (time.monotonic() - start)
+            for variable, value in zip(self._state, before, strict=True):
+                variable.assign(value)
+        return rates
+
+    def _why_not_xla(self, graph: Any) -> str:
+        """Return why XLA need not be tried; empty if it should be."""
+        nodes = [n.op for f in graph.library.function for n in f.node_def]
+        if self._plan.device_kind == "CPU" and any("Conv" in op for op in nodes):
+            return "convolutions on CPUs are slower under XLA"
+        if len(nodes) > _MOST_NODES:
+            return f"{len(nodes):,} operations would take long to compile"
+        return ""

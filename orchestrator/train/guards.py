@@ -1,0 +1,161 @@
+"""What happens when a step is not finite: `train.on_nan`.
+
+Which steps are not finite follows from reduced values, so all workers see the same. Whose loss it
+was only the worker itself knows, and tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from orchestrator.errors import JobError
+from orchestrator.spec.messages import Notice
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.schema import OnNan
+from orchestrator.train import store
+from orchestrator.train.agreement import Agreement, Wish
+from orchestrator.train.block import BlockResult
+from orchestrator.train.checkpoint import Saver, restore
+from orchestrator.train.report import Reporter, Stopped
+
+_SHOWN_IDS = 16
+# Going back to one checkpoint so often without reaching the next one helps nobody.
+_MOST_ROLLBACKS = 3
+
+
+class NanGuard:
+    """Acts on steps that were not finite: stops, skips, or goes back to a checkpoint.
+
+    `rollback` takes the updates since the newest checkpoint back and goes on after the bad step:
+    no example is used again, the next ones come as they would have come.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        worker: int,
+        reporter: Reporter,
+        agreement: Agreement,
+        saver: Saver | None,
+        variables: Mapping[str, keras.Variable],
+    ):
+        """Make a guard; `saver` is the chief's, `variables` all that a checkpoint holds."""
+        self._plan = plan
+        self._worker = worker
+        self._reporter = reporter
+        self._agreement = agreement
+        self._saver = saver
+        self._variables = variables
+        self._on_nan = plan.config.train.on_nan
+        self._rollbacks = (0, 0)  # step of the last checkpoint gone back to, and how often
+
+    def cut(self, result: BlockResult) -> BlockResult:
+        """Leave out what a block did after a bad step that is going to be taken back."""
+        if self._on_nan is OnNan.rollback and result.broken.any():
+            return result.until(int(np.flatnonzero(result.broken)[0]) + 1)
+        return result
+
+    def refuse(self, result: BlockResult, first: int, own: Wish, all_workers: Wish) -> None:
+        """Stop at the first bad step, told by the worker whose loss it was.
+
+        Args:
+            result: of a block.
+            first: steps done before it.
+            own: what this worker wished.
+            all_workers: what all did.
+
+        Raises:
+            JobError: on the worker that tells.
+            Stopped: on the others.
+        """
+        if self._on_nan is not OnNan.stop or not result.broken.any():
+            return
+        index = int(np.flatnonzero(result.broken)[0])
+        step = first + index + 1
+        if all_workers.guilty and not own.guilty:
+            raise Stopped(f"step {step} was not finite on another worker")
+        if not all_workers.guilty and self._worker > 0:
+            raise Stopped(f"step {step} was not finite; the chief tells about it")
+        raise JobError(
+            f"{_what(result, index)} is not finite at step {step}, worker {self._worker}, examples "
+            f"{_guilty_ids(result, index)}{_named(result, index)}; the update was not applied. "
+            "Look at these examples, lower optimizer.learning_rate, set "
+            "optimizer.clip_global_norm, or go on with train.on_nan=skip or rollback"
+        )
+
+    def roll_back(self, result: BlockResult, step: int) -> None:
+        """Go back to the newest checkpoint if the block ended with a bad step.
+
+        Args:
+            result: of a block, cut.
+            step: its last step.
+
+        Raises:
+            JobError: there is no checkpoint, or this one did not help before.
+            Stopped: the same, on workers that leave the telling to the chief.
+        """
+        if self._on_nan is not OnNan.rollback or not result.broken.any():
+            return
+        what = (
+            f"{_what(result, -1)} was not finite at step {step}, examples "
+            f"{_guilty_ids(result, -1)}{_named(result, -1)}"
+        )
+        checkpoint = self._agreed_checkpoint()
+        if checkpoint is None:
+            self._give_up(f"{what}; there is no checkpoint to go back to")
+        else:
+            known, times = self._rollbacks
+            self._rollbacks = (checkpoint, times + 1 if known == checkpoint else 1)
+            if self._rollbacks[1] > _MOST_ROLLBACKS:
+                self._give_up(
+                    f"{what}; for the {self._rollbacks[1]}th time since the "
+                    f"checkpoint of step {checkpoint}; going back there does not help"
+                )
+            restore(self._folder(checkpoint), self._variables)
+            if self._worker == 0:
+                text = f"{what}; the weights are those of step {checkpoint} again"
+                self._reporter.tell(Notice, text=text)
+
+    def _agreed_checkpoint(self) -> int | None:
+        """Return the step of the newest valid checkpoint, as the chief finds it."""
+        number = 0
+        if self._worker == 0:
+            if self._saver is not None:
+                self._saver.wait()
+            path = store.newest_valid(self._plan.paths.checkpoints_dir).path
+            number = 0 if path is None else store.step_of(path) + 1
+        agreed = self._agreement.decide(Wish(number=number)).number
+        return agreed - 1 if agreed else None
+
+    def _folder(self, step: int) -> Path:
+        return self._plan.paths.checkpoints_dir / store.checkpoint_name(step)
+
+    def _give_up(self, story: str) -> None:
+        if self._worker > 0:
+            raise Stopped("a step was not finite; the chief tells about it")
+        raise JobError(
+            f"{story} (train.on_nan=rollback). Save more often (checkpoint.every_steps), lower "
+            "optimizer.learning_rate, or leave such updates out with train.on_nan=skip"
+        )
+
+
+def _what(result: BlockResult, index: int) -> str:
+    return "the gradient" if result.local_finite[index].all() else "the loss"
+
+
+def _named(result: BlockResult, index: int) -> str:
+    bad = result.bad_variable[index]
+    return f"; the first bad gradient is that of {bad}" if bad else ""
+
+
+def _guilty_ids(result: BlockResult, index: int) -> str:
+    bad = [
+        ids[index] for ids, ok in zip(result.ids, result.local_finite[index], strict=True) if not ok
+    ]
+    ids = np.concatenate(bad or [ids[index] for ids in result.ids]).tolist()
+    shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
+    return f"[{shown}{f', ... {len(ids)} in all' if len(ids) > _SHOWN_IDS else ''}]"

@@ -1,0 +1,46 @@
+"""Jobs that go wrong at a chosen step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from orchestrator.train.job import Batch, Progress
+from tests.train.tiny import Tiny
+
+
+class Poisoned(Tiny):
+    """Has an infinite loss for the first example of some steps, counted from 1."""
+
+    def __init__(self, steps: Sequence[int] = (), batch: int = 16):
+        super().__init__(normalise=True)
+        self.positions = [(step - 1) * batch for step in steps]
+
+    def prepare(self, batch: Batch, *, training: bool, seeds: Any) -> Batch:
+        bad = tf.zeros_like(batch["y"], tf.bool)
+        if training and self.positions:
+            bad = tf.reduce_any(seeds[:, :1] == tf.constant(self.positions, tf.int64), axis=1)
+        return {**batch, "bad": bad}
+
+    def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+        losses = super().loss(batch, outputs)
+        return losses / tf.cast(~batch["bad"], losses.dtype)
+
+
+class Drifting(Tiny):
+    """Changes a weight of its second replica behind everybody's back."""
+
+    def model(self) -> keras.Model:
+        self.built = super().model()
+        return self.built
+
+    def on_block(self, progress: Progress) -> None:
+        copies = self.built.trainable_variables[1].value.values  # of the MirroredVariable
+        # The smallest change there is: one bit of one element.
+        if progress.step >= 5:
+            bits = tf.bitcast(copies[1], tf.int32).numpy()
+            bits[3] ^= 1
+            copies[1].assign(tf.bitcast(bits, tf.float32))
