@@ -61,12 +61,12 @@ def summarise(plan: RunPlan, tally: Tally, status: str, report: Report, wall_s: 
         wall_s=wall_s,
         examples_per_s=speed,
         model=report.model_uri or (str(plan.paths.export_dir) if exported else None),
-        commands=_commands(plan, report.url, finished, exported),
+        commands=_commands(plan, report.url, finished, exported, tally.last_step),
     )
 
 
 def _commands(
-    plan: RunPlan, url: str | None, finished: bool, exported: bool
+    plan: RunPlan, url: str | None, finished: bool, exported: bool, last_step: int
 ) -> list[tuple[str, str]]:
     """Return what can be done next: a word and a command to copy."""
     job, runs_dir = plan.config.job.name, plan.config.runs_dir
@@ -82,7 +82,10 @@ def _commands(
         serve = f"mlflow models serve --env-manager local -p {_SERVE_PORT} -m {model}"
         commands.append(("serve", f'PATH="$PWD/.venv/bin:$PATH" {serve}'))
     resume = f"{own}{folder}resume={plan.run}"
-    if finished and plan.config.train.steps is not None:
+    patience = plan.config.best.patience
+    if finished and patience is not None and last_step < plan.total_steps:
+        resume += f" best.patience={2 * patience}"  # it ended early: more steps change nothing
+    elif finished and plan.config.train.steps is not None:
         resume += f" train.steps={2 * plan.config.train.steps}"
     elif finished and plan.config.train.epochs is not None:
         resume += f" train.epochs={2 * plan.config.train.epochs:g}"
