@@ -18,7 +18,7 @@ _VERBS = {
     "config": "print the resolved configuration",
     "verify": "prove that replicas, workers and micro-batches compute what one device computes",
     "submit": "run train on a Ray cluster: submit job=mnist cluster.address=http://head:8265 ...",
-    "runs": "runs sync RUN: write a run's journal into MLflow once more",
+    "runs": "runs compare RUN RUN: what differs; runs sync RUN: write a run into MLflow once more",
     "ui": "open the MLflow UI",
 }
 _MEANING = {
@@ -161,11 +161,29 @@ def _submit(overrides: list[str], config_dir: Path | None) -> int:
 
 
 def _runs(overrides: list[str], config_dir: Path | None) -> int:
-    if len(overrides) != 2 or overrides[0] != "sync":
-        raise ConfigError("runs: only `runs sync RUN` is known; RUN is a run's folder")
-    from orchestrator.driver import sync
+    """Take `compare RUN RUN [tolerance=1e-5]` or `sync RUN`; RUN is a run's folder."""
+    match overrides:
+        case ["sync", run]:
+            from orchestrator.driver import sync
 
-    return int(sync(overrides[1], Path.cwd()))
+            return int(sync(run, Path.cwd()))
+        case ["compare", left, right, *rest] if len(rest) < 2:
+            from orchestrator.comparison import DEFAULT_TOLERANCE, compare_runs
+
+            tolerance = _tolerance(rest[0]) if rest else DEFAULT_TOLERANCE
+            return int(compare_runs(left, right, tolerance, Path.cwd()))
+    raise ConfigError(
+        "runs: `runs compare RUN RUN [tolerance=1e-5]` and `runs sync RUN` are known; RUN is a "
+        "run's folder"
+    )
+
+
+def _tolerance(text: str) -> float:
+    key, _, value = text.partition("=")
+    with contextlib.suppress(ValueError):
+        if key == "tolerance" and float(value) >= 0:
+            return float(value)
+    raise ConfigError(f"runs compare: {text}: tolerance=NUMBER is meant, at least 0")
 
 
 def _ui(overrides: list[str], config_dir: Path | None) -> int:

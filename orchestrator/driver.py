@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from orchestrator.comparison import run_folder
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.inline_group import InlineGroup
 from orchestrator.control.launcher import TENSORFLOW_ENV, Zygote, standard_error_in, start_zygote
@@ -127,8 +128,8 @@ def sync(run: str, cwd: Path) -> ExitCode:
         run: the run's folder, or `<job>/<run>` below `runs/`.
         cwd: what relative paths are relative to.
     """
-    folder = next((p for p in (cwd / run, cwd / "runs" / run) if p.is_dir()), cwd / run)
-    report = sync_run(folder.resolve())
+    folder = run_folder(run, cwd)
+    report = sync_run(folder)
     if report.missing:
         raise OrchestratorError(f"not everything could be written: {report.missing}")
     print(f"MLflow has all of run {folder.name}: {report.run_id}")
