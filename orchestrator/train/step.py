@@ -111,8 +111,7 @@ class TrainStep:
         """Run a block in one of the modes; return its rows, finite flags and ids as tensors."""
         length = num_steps
         if mode is Compile.xla:
-            # One program for blocks of any length: shapes are part of what XLA compiles.
-            length = max(num_steps, self._longest())
+            length = self._compiled_length(num_steps)
         feeds = [
             (_filled(ids, length), {name: _filled(rows, length) for name, rows in features.items()})
             for ids, features in zip(feed.ids, feed.features, strict=True)
@@ -122,9 +121,17 @@ class TrainStep:
         )
         return rows[:num_steps], finite[:num_steps], [part[:num_steps] for part in ids]
 
-    def _longest(self) -> int:
+    def _compiled_length(self, num_steps: int) -> int:
+        """Return how long the inputs of a block are under XLA, which compiles for each shape.
+
+        One program serves indices of any length. Features would fill the memory, so they grow by
+        powers of two: a few programs.
+        """
         train = self._plan.config.train
-        return min(train.max_block_steps, self._plan.total_steps)
+        longest = max(num_steps, min(train.max_block_steps, self._plan.total_steps))
+        if self._resident.tables is not None:
+            return longest
+        return min(longest, 1 << (num_steps - 1).bit_length())
 
     def _chosen_block(self, first_step: Any, num_steps: Any, feeds: Any) -> Any:
         """Run a block in the form that XLA compiles well."""

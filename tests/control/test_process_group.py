@@ -8,57 +8,38 @@ from typing import Any
 import psutil
 
 from orchestrator.control.launcher import Zygote
-from orchestrator.control.process_group import ProcessGroup
-from orchestrator.spec.messages import BlockDone, Death, Ended, Failed, Message, Notice, Ready
+from orchestrator.spec.messages import BlockDone, Notice, Ready
+from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import OnNan, StrategyName
-from tests.control.conftest import is_gone, wait_until
+from tests.control.conftest import is_gone
 from tests.plans import tiny_plan
+from tests.processes import ended_workers
 
 # Far longer than a process takes to leave.
 _LEAVING_S = 1.0
 
 
-def run_two(zygote: Zygote, folder: Path, **changes: Any) -> tuple[ProcessGroup, list[Message]]:
-    """Run two workers until both have ended; the group is still to be killed."""
-    plan = tiny_plan(
+def two_workers(folder: Path, **changes: Any) -> RunPlan:
+    return tiny_plan(
         folder,
         strategy__name=StrategyName.multi_worker,
         strategy__num_workers=2,
         export__enabled=False,
         **changes,
     )
-    group = ProcessGroup(zygote=zygote.socket_path, ports=(21500, 21599))
-    told: list[Message] = []
-
-    def all_ended() -> bool:
-        told.extend(group.poll(0.1))
-        assert not [m for m in told if isinstance(m, Failed | Death)], told
-        return sum(isinstance(message, Ended) for message in told) == 2
-
-    try:
-        group.start(plan, 1, None)
-        wait_until(all_ended, "both workers end")
-    except BaseException:
-        group.kill()
-        raise
-    return group, told
 
 
 def test_no_worker_leaves_before_it_is_ended(zygote: Zygote, tmp_path: Path) -> None:
     """A peer that leaves while another is in the last collective makes that one fail."""
-    group, told = run_two(zygote, tmp_path)
-    try:
+    with ended_workers(two_workers(tmp_path), zygote) as told:
         workers = [psutil.Process(m.pid) for m in told if isinstance(m, Ready)]
         gone, alive = psutil.wait_procs(workers, timeout=_LEAVING_S)
         assert not gone and len(alive) == 2
-    finally:
-        group.kill()
     assert all(is_gone(worker.pid) for worker in workers)
 
 
 def test_two_workers_go_back_to_a_checkpoint_together(zygote: Zygote, tmp_path: Path) -> None:
-    group, told = run_two(
-        zygote,
+    plan = two_workers(
         tmp_path,
         job__class_name="tests.train.faulty.Poisoned",
         job__args={"steps": [7]},
@@ -66,7 +47,8 @@ def test_two_workers_go_back_to_a_checkpoint_together(zygote: Zygote, tmp_path: 
         train__audit_every_steps=3,
         checkpoint__every_steps=4,
     )
-    group.kill()
+    with ended_workers(plan, zygote) as told:
+        pass
     [notice] = [m.text for m in told if isinstance(m, Notice) and "not finite" in m.text]
     assert "at step 7" in notice and notice.endswith("the weights are those of step 4 again")
     for worker in range(2):

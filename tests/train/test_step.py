@@ -497,3 +497,14 @@ def test_auto_stays_a_graph_with_several_replicas_or_determinism(tmp_path: Path)
     for changes in ({"replicas": 2}, {"train__deterministic": True}):
         rig = make_rig(tmp_path, Tiny(), train__steps=10_000_000, **changes).run(1, 500, 500)
         assert rig.step.mode is Compile.graph
+
+
+def test_xla_takes_fetched_features_in_blocks_hardly_longer_than_asked(tmp_path: Path) -> None:
+    rig = make_rig(
+        tmp_path, Tiny(), host=True, train__compile=Compile.xla, train__max_block_steps=2_000
+    )
+    asked = [1, 2, 3, 5, 8]
+    lengths = [rig.step._compiled_length(n) for n in asked]
+    assert lengths == [1, 2, 4, 8, 8]
+    graph = make_rig(tmp_path, Tiny(), host=True, train__compile=Compile.graph)
+    assert difference(rig.run(3, 5).weights, graph.run(3, 5).weights) < EXACT
