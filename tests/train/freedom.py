@@ -248,22 +248,6 @@ class Tied(Free):
         )
 
 
-class Table(layers.Layer):
-    """Looks rows up without casting the table: its gradient stays slices in mixed precision."""
-
-    def __init__(self, num_rows: int, **settings: Any):
-        super().__init__(**settings)
-        self.num_rows = num_rows
-
-    def build(self, _shape: Any) -> None:
-        self.table = self.add_weight(
-            shape=(self.num_rows, 8), initializer="normal", autocast=False, name="table"
-        )
-
-    def call(self, ids: Any) -> Any:
-        return tf.cast(tf.gather(self.table.value, ids), self.compute_dtype)
-
-
 class Tables(Free):
     """A large and a small table; one example's loss may be multiplied until float16 overflows.
 
@@ -280,10 +264,7 @@ class Tables(Free):
         large = keras.Input((3,), dtype="int64", name="large")
         small = keras.Input((3,), dtype="int64", name="small")
         joined = layers.concatenate(
-            [
-                Table(LARGE_ROWS, name="large_table")(large),
-                Table(SMALL_ROWS, name="small_table")(small),
-            ]
+            [layers.Embedding(LARGE_ROWS, 8)(large), layers.Embedding(SMALL_ROWS, 8)(small)]
         )
         return keras.Model([large, small], layers.Dense(3)(layers.Flatten()(joined)))
 
