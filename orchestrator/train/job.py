@@ -46,14 +46,15 @@ class Outcome:
         by that sum over all replicas: `sum_r c (sum w l + t sum w) / (c sum w) = mean l + t`.
 
         Args:
-            scale: what the step multiplies sums over examples by; float scalar.
+            scale: what the step multiplies sums over examples by; a number or a float scalar.
         """
         weights = self.weights()
         total = tf.reduce_sum(weights * self.loss)
         if self.terms:
             terms = tf.add_n([tf.cast(term, total.dtype) for term in self.terms.values()])
             total += tf.reduce_sum(weights) * terms
-        return tf.cast(scale, total.dtype) * total
+        # A plain number stays one: tf.cast would take it through float32.
+        return (tf.cast(scale, total.dtype) if tf.is_tensor(scale) else scale) * total
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,22 @@ def local_replica(plan: RunPlan) -> int:
     return int(replica) % plan.devices_per_worker
 
 
+def summed_over_replicas(values: Sequence[Any]) -> list[Any]:
+    """Add up over all replicas, with one collective for each dtype; call in replica context.
+
+    TensorFlow puts a list into one collective by concatenating it, which values of two dtypes do
+    not survive under MultiWorkerMirroredStrategy (2.21, cross_device_utils.py:batch_all_reduce).
+    """
+    context = tf.distribute.get_replica_context()
+    summed: dict[int, Any] = {}
+    for dtype in dict.fromkeys(value.dtype for value in values):
+        places = [place for place, value in enumerate(values) if value.dtype == dtype]
+        alike = [values[place] for place in places]
+        total = context.all_reduce(tf.distribute.ReduceOp.SUM, alike)
+        summed.update(zip(places, total, strict=True))
+    return [summed[place] for place in range(len(values))]
+
+
 def is_layer_seed(variable: keras.Variable) -> bool:
     """Tell whether a variable is the state of a Keras SeedGenerator: it follows from the step."""
     return variable.path.endswith("seed_generator_state")

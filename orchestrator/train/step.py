@@ -28,7 +28,7 @@ from orchestrator.train.inputs import Resident, feature_spec, step_features
 from orchestrator.train.job import Job, flatten_groups
 from orchestrator.train.names import renamed, stable_names
 from orchestrator.train.optimizer import Optimizers
-from orchestrator.train.replica import Replicas, local_replica
+from orchestrator.train.replica import Replicas, local_replica, summed_over_replicas
 from orchestrator.train.sources import Source
 
 
@@ -231,8 +231,7 @@ class TrainStep:
         if num_replicas > 1:
             are_reduced += [False] * (len(values) - len(gradients))
             open_values = [v for v, done in zip(values, are_reduced, strict=True) if not done]
-            context = tf.distribute.get_replica_context()
-            summed = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, open_values))
+            summed = iter(summed_over_replicas(open_values))
             values = [
                 v if done else next(summed) for v, done in zip(values, are_reduced, strict=True)
             ]

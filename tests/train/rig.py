@@ -74,7 +74,6 @@ def make_rig(
         **changes,
     }
     plan = tiny_plan(folder, **changes)
-    translated(job)
     devices = [f"CPU:{index}" for index in range(replicas)]
     strategy: Any
     if replicas == 1:
@@ -82,12 +81,26 @@ def make_rig(
     else:
         reduction = tf.distribute.ReductionToOneDevice()
         strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
+    return assemble(plan, job, strategy, devices, host=host)
+
+
+def assemble(
+    plan: RunPlan,
+    job: Job,
+    strategy: Any,
+    devices: list[str],
+    *,
+    worker: int = 0,
+    host: bool = False,
+) -> Rig:
+    """Build the rig of one worker under a strategy."""
+    translated(job)
     keras.utils.set_random_seed(plan.config.train.seed)
     with strategy.scope():
         model = job.model()
         optimizers = Optimizers(plan, job.parameter_groups(model))
     train, test = job.source(Split.TRAIN), job.source(Split.EVAL)
-    shards = make_shards(plan.replica_batch_sizes, plan.worker_replicas(0))
+    shards = make_shards(plan.replica_batch_sizes, plan.worker_replicas(worker))
     resident, eval_resident = Resident(train, devices), Resident(test, devices)
     if host:
         resident.tables = eval_resident.tables = None
@@ -101,7 +114,7 @@ def make_rig(
         optimizers=optimizers,
         step=TrainStep(plan, job, model, optimizers, strategy, shards, train, resident),
         evaluation=Evaluation(
-            plan, job, model, strategy, plan.worker_replicas(0), test, eval_resident
+            plan, job, model, strategy, plan.worker_replicas(worker), test, eval_resident
         ),
         feeder=Feeder(train, order, shards, batch, resident=resident.tables is not None),
     )
