@@ -1,8 +1,9 @@
 """What a block of steps reports: a row of numbers a step, written in graph, read on the host.
 
-The row of a step holds, in this order: the global norm of the mean gradient, the number of the
-first variable whose gradient is not finite (0 for none), the loss scale, the loss of each local
-replica, on request the norms of each variable's gradient and of the variable, and the sums.
+The row of a step holds, in this order: whether it was applied, the global norm of the mean
+gradient, the number of the first variable whose gradient is not finite (0 for none), the loss scale,
+the loss of each local replica, on request the norms of each variable's gradient and of the variable,
+and the sums.
 """
 
 from __future__ import annotations
@@ -87,52 +88,49 @@ class Rows:
     def write(
         self,
         *,
-        squares: Any,
+        ok: Any,
         mean_norm: Any,
-        factor: Any,
+        bad: Any,
         scale: Any,
         local: Sequence[Any],
+        norms: Sequence[Any],
         sums: Any,
-        weight_squares: Any = None,
     ) -> Any:
         """Return the row of one step, in graph.
 
         Args:
-            squares: sum of squares of each reduced gradient, [variables].
+            ok: whether the update was applied, bool scalar.
             mean_norm: global norm of the mean gradient, scalar.
-            factor: what makes a reduced gradient that of the mean, scalar.
+            bad: what `first_bad` finds, scalar.
             scale: the loss scale, scalar.
             local: the loss of each local replica, scalars.
+            norms: where they are wanted, those of all gradients and of all variables,
+                [variables] each.
             sums: the reduced sums, as `weighted_sums` orders them.
-            weight_squares: sum of squares of each variable, [variables], where norms are wanted.
         """
-        wrong = ~tf.math.is_finite(squares)
-        # Counted from 1, so that 0 means none.
-        bad = tf.where(tf.reduce_any(wrong), tf.argmax(tf.cast(wrong, tf.int32)) + 1, 0)
-        parts = [[mean_norm, tf.cast(bad, sums.dtype), tf.cast(scale, sums.dtype)], tf.stack(local)]
-        if self.with_norms:
-            parts += [tf.sqrt(squares) * factor, tf.sqrt(weight_squares)]
-        return tf.concat([*parts, sums], 0)
+        dtype = sums.dtype
+        head = [tf.cast(ok, dtype), mean_norm, tf.cast(bad, dtype), tf.cast(scale, dtype), *local]
+        return tf.concat([tf.stack(head), *norms, sums], 0)
 
-    def read(self, rows: np.ndarray, finite: np.ndarray, ids: list[np.ndarray]) -> BlockResult:
+    def read(self, rows: np.ndarray, ids: list[np.ndarray]) -> BlockResult:
         """Take the rows of a block apart, [n, columns]."""
         assert self.layout is not None
         columns = rows.astype(np.float64)
         num_norms = 2 * len(self._paths) if self.with_norms else 0
-        borders = np.cumsum([3, self._num_local, num_norms, 1])
+        borders = np.cumsum([4, self._num_local, num_norms, 1])
         head, local, norms, weight, sums = np.split(columns, borders, axis=1)
         split = self.layout.split(sums)
         names = ["", *self._paths]
-        scale = head[:, 2]
+        finite, scale = head[:, 0] > 0, head[:, 3]
         return BlockResult(
             sums=split,
             weight=weight[:, 0],
-            gradient_norm=head[:, 0],
+            gradient_norm=head[:, 1],
             loss_scale=scale,
             finite=finite,
             # At a scale of 1 it is not the scale's doing any more.
             overflowed=~finite & np.isfinite(split["loss"]) & (scale > 1),
-            bad_variable=[names[int(index)] for index in head[:, 1]],
+            bad_variable=[names[int(index)] for index in head[:, 2]],
             local_finite=np.isfinite(local),
             ids=ids,
             norms=self._named(norms),
@@ -145,6 +143,16 @@ class Rows:
             f"{kind}/{path}" for kind in ("gradient_norm", "weight_norm") for path in self._paths
         ]
         return dict(zip(names, norms.T, strict=True))
+
+
+def first_bad(squares: Any) -> Any:
+    """Return the number of the first array whose sum of squares is not finite; 0 for none.
+
+    Args:
+        squares: [arrays].
+    """
+    wrong = ~tf.math.is_finite(squares)
+    return tf.where(tf.reduce_any(wrong), tf.argmax(tf.cast(wrong, tf.int32)) + 1, 0)
 
 
 def step_means(result: BlockResult) -> dict[str, np.ndarray]:

@@ -48,11 +48,15 @@ class Outcome:
         Args:
             scale: what the step multiplies sums over examples by; a number or a float scalar.
         """
-        weights = self.weights()
-        total = tf.reduce_sum(weights * self.loss)
+        if self.weight is None:
+            total = tf.reduce_sum(self.loss)
+            total_weight = tf.cast(tf.size(self.loss), total.dtype)
+        else:
+            total = tf.reduce_sum(self.weights() * self.loss)
+            total_weight = tf.reduce_sum(self.weights())
         if self.terms:
             terms = tf.add_n([tf.cast(term, total.dtype) for term in self.terms.values()])
-            total += tf.reduce_sum(weights) * terms
+            total += total_weight * terms
         # A plain number stays one: tf.cast would take it through float32.
         return (tf.cast(scale, total.dtype) if tf.is_tensor(scale) else scale) * total
 

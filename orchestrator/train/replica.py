@@ -53,12 +53,14 @@ class Share:
         moved: the state that layers assigned, by its variable.
         sums: [sum of weights, weighted loss with its terms, weighted metrics ...].
         layout: names and widths of the sums after the first.
+        is_unweighted: no example has a weight: the sum of weights is the number of examples.
     """
 
     gradients: list[Any]
     moved: list[tuple[keras.Variable, Any]]
     sums: Any
     layout: Layout
+    is_unweighted: bool
 
 
 class Replicas:
@@ -95,7 +97,7 @@ class Replicas:
         gradients: list[Any] = []
         sums: Any = 0.0
         moved: dict[int, Any] = {}  # index in self._moving -> the state after the micro-batch
-        start = 0
+        start, is_unweighted = 0, True
         for micro, size in enumerate(split_evenly(shard.size, plan.config.train.micro_batches)):
             rows = {name: value[start : start + size] for name, value in raw.items()}
             seeds = self._example_seeds(positions + start, size)
@@ -118,8 +120,9 @@ class Replicas:
             layout, part = weighted_sums(outcome, size, self.sum_dtype)
             sums += part
             start += size
+            is_unweighted = is_unweighted and outcome.weight is None
         state = [(self._moving[index], value) for index, value in moved.items()]
-        return Share(gradients, state, sums, layout)
+        return Share(gradients, state, sums, layout, is_unweighted)
 
     def all_dense(self, local: int, gradients: Sequence[Any]) -> tuple[list[Any], list[bool]]:
         """Make sparse gradients dense; large ones are first brought together from all replicas.

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
-from orchestrator.train.block import BlockResult, Rows
+from orchestrator.train.block import BlockResult, Rows, first_bad
 from orchestrator.train.choice import Choice
 from orchestrator.train.data import Feed, Shard
 from orchestrator.train.inputs import Resident, feature_spec, step_features
@@ -68,6 +68,7 @@ class TrainStep:
         self._groups = optimizers.groups
         self._variables = flatten_groups(optimizers.groups)
         self._moving: list[keras.Variable] = []
+        self._is_unweighted = False
         self._tell = tell
         names = stable_names(model)
         paths = [renamed(variable.path, names) for variable in self._variables]
@@ -102,13 +103,13 @@ class TrainStep:
         if self._choice.is_open:
             self._choose(first_step, num_steps, feed)
         start = time.monotonic()
-        rows, finite, ids = self._call(self.mode, first_step, num_steps, feed)
-        result = self._rows.read(rows.numpy(), finite.numpy(), [part.numpy() for part in ids])
+        rows, ids = self._call(self.mode, first_step, num_steps, feed)
+        result = self._rows.read(rows.numpy(), [part.numpy() for part in ids])
         self._choice.observe(num_steps, time.monotonic() - start)
         return result
 
     def _call(self, mode: Compile, first_step: int, num_steps: int, feed: Feed) -> Any:
-        """Run a block in one of the modes; return its rows, finite flags and ids as tensors."""
+        """Run a block in one of the modes; return its rows and ids as tensors."""
         length = num_steps
         if mode is Compile.xla:
             length = self._compiled_length(num_steps)
@@ -116,10 +117,10 @@ class TrainStep:
             (_filled(ids, length), {name: _filled(rows, length) for name, rows in features.items()})
             for ids, features in zip(feed.ids, feed.features, strict=True)
         ]
-        rows, finite, ids = self._functions[mode](
+        rows, ids = self._functions[mode](
             tf.constant(first_step, tf.int64), tf.constant(num_steps, tf.int32), feeds
         )
-        return rows[:num_steps], finite[:num_steps], [part[:num_steps] for part in ids]
+        return rows[:num_steps], [part[:num_steps] for part in ids]
 
     def _compiled_length(self, num_steps: int) -> int:
         """Return how long the inputs of a block are under XLA, which compiles for each shape.
@@ -146,55 +147,47 @@ class TrainStep:
         self.num_traces += 1
         length = tf.shape(feeds[0][0])[0]
         rows = tf.TensorArray(self._replicas.sum_dtype, length, infer_shape=True)
-        finite = tf.TensorArray(tf.bool, length, element_shape=[])
         ids = [
             tf.TensorArray(tf.int64, length, element_shape=[shard.size]) for shard in self._shards
         ]
 
-        def one_step(i: Any, rows: Any, finite: Any, ids: Any) -> Any:
+        def one_step(i: Any, rows: Any, ids: Any) -> Any:
             reduced, local_loss, used = self._strategy.run(self._reduce, (first_step, i, feeds))
-            values = self._first(reduced)
-            sums = values[-1]
-            squares = self._squares(values[: len(self._variables)], compiled=choose)
-            norm = tf.sqrt(tf.reduce_sum(squares))
-            # The norm tells more than the loss, which a ReLU can keep finite; check both.
-            ok = tf.math.is_finite(norm) & tf.math.is_finite(sums[1])
-            local = self._strategy.experimental_local_results(local_loss)
-            row = self._row(squares, norm, sums, local, compiled=choose)
-            if choose:
-                self._update(reduced, norm, ok)
-            else:
-                tf.cond(ok, lambda: self._update(reduced, norm), lambda: tf.constant(0))
-            if self._optimizers.loss_scale is not None:
-                self._optimizers.loss_scale.update(ok)
+            row = self._decide(reduced, local_loss, choose=choose)
             parts = self._strategy.experimental_local_results(used)
             ids = [array.write(i, part) for array, part in zip(ids, parts, strict=True)]
-            return i + 1, rows.write(i, row), finite.write(i, ok), ids
+            return i + 1, rows.write(i, row), ids
 
         # Not AutoGraph: translating this file takes seconds, at every start of a worker.
-        _, rows, finite, ids = tf.while_loop(
-            lambda i, *_: i < num_steps, one_step, (tf.constant(0), rows, finite, ids)
+        _, rows, ids = tf.while_loop(
+            lambda i, *_: i < num_steps, one_step, (tf.constant(0), rows, ids)
         )
-        return rows.stack(), finite.stack(), [array.stack() for array in ids]
+        return rows.stack(), [array.stack() for array in ids]
 
-    def _row(
-        self, squares: Any, norm: Any, sums: Any, local: Sequence[Any], *, compiled: bool
-    ) -> Any:
-        """Return what one step reports."""
+    def _decide(self, reduced: Sequence[Any], local_loss: Any, *, choose: bool) -> Any:
+        """Update all variables if everything is finite; return the row that tells about it."""
+        values = self._first(reduced)
+        sums, count = values[-1], len(self._variables)
+        squares = self._squares(values[:count], compiled=choose)
+        norm = tf.sqrt(tf.reduce_sum(squares))
+        # The norm tells more than the loss, which a ReLU can keep finite; check both.
+        ok = tf.math.is_finite(norm) & tf.math.is_finite(sums[1])
         factor, scale = self._factor(sums), self._optimizers.loss_scale
-        weight_squares = None
+        told = {"mean_norm": norm * factor, "scale": 1.0 if scale is None else scale.value}
+        norms = []
         if self._rows.with_norms:
-            values = [tf.convert_to_tensor(variable.value) for variable in self._variables]
-            weight_squares = self._squares(values, compiled=compiled)
-        return self._rows.write(
-            squares=squares,
-            mean_norm=norm * factor,
-            factor=factor,
-            scale=tf.ones_like(norm) if scale is None else scale.value,
-            local=local,
-            sums=sums,
-            weight_squares=weight_squares,
-        )
+            weights = [tf.convert_to_tensor(variable.value) for variable in self._variables]
+            weight_squares = self._squares(weights, compiled=choose)
+            norms = [tf.sqrt(squares) * factor, tf.sqrt(weight_squares)]
+        if choose:
+            self._update(reduced, norm, ok)
+            bad = first_bad(squares)
+        else:
+            bad = tf.cond(ok, lambda: self._update(reduced, norm), lambda: first_bad(squares))
+        if scale is not None:
+            scale.update(ok)
+        local = self._strategy.experimental_local_results(local_loss)
+        return self._rows.write(ok=ok, bad=bad, local=local, norms=norms, sums=sums, **told)
 
     def _squares(self, gradients: Sequence[Any], *, compiled: bool) -> Any:
         """Return the sum of squares of each array, [number of variables]."""
@@ -225,6 +218,7 @@ class TrainStep:
         share = self._replicas.share(local, step, raw, self._scale())
         self._rows.layout = share.layout
         self._moving = [variable for variable, _ in share.moved]
+        self._is_unweighted = share.is_unweighted
         num_replicas = self._plan.num_replicas
         gradients, are_reduced = self._replicas.all_dense(local, share.gradients)
         values = [*gradients, *(value / num_replicas for _, value in share.moved), share.sums]
@@ -242,7 +236,7 @@ class TrainStep:
         self._strategy.run(self._apply, (reduced, norm, ok))
         if self._optimizers.averages is not None:
             self._optimizers.averages.update(ok)
-        return tf.constant(0)  # both branches of a cond return something alike
+        return tf.constant(0, tf.int64)  # no bad gradient: see `first_bad`
 
     def _apply(self, reduced: Sequence[Any], norm: Any, ok: Any) -> None:
         """Update the variables of one replica from reduced values."""
@@ -252,7 +246,9 @@ class TrainStep:
         if config.clip_global_norm is not None:
             limit = tf.constant(config.clip_global_norm, norm.dtype)
             factor *= limit / tf.maximum(norm * factor, limit)
-        scaled = [gradient * tf.cast(factor, gradient.dtype) for gradient in reduced[:count]]
+        scaled = reduced[:count]
+        if tf.is_tensor(factor):
+            scaled = [gradient * tf.cast(factor, gradient.dtype) for gradient in scaled]
         if config.clip_value is not None:
             limit = config.clip_value
             scaled = [tf.clip_by_value(gradient, -limit, limit) for gradient in scaled]
@@ -267,10 +263,13 @@ class TrainStep:
             variable.value.assign(new if ok is None else tf.where(ok, new, variable.value))
 
     def _factor(self, sums: Any) -> Any:
-        """Return what makes the reduced gradient that of the mean: G / (s sum w)."""
-        scale = self._scale()
-        scale = tf.cast(scale, sums.dtype) if tf.is_tensor(scale) else scale
-        return tf.math.divide_no_nan(tf.ones_like(sums[0]), scale * sums[0])
+        """Return what makes the reduced gradient that of the mean: G / (s sum w), or plain 1."""
+        scale = self._optimizers.loss_scale
+        if self._is_unweighted:
+            return 1.0 if scale is None else tf.cast(1.0 / scale.value, sums.dtype)
+        factor = self._scale()
+        factor = tf.cast(factor, sums.dtype) if tf.is_tensor(factor) else factor
+        return tf.math.divide_no_nan(tf.ones_like(sums[0]), factor * sums[0])
 
     def _scale(self) -> Any:
         """Return s / G: a plain number, which loses no bits in float64, unless s changes."""

@@ -49,17 +49,23 @@ def weighted_sums(outcome: Outcome, size: int, dtype: Any, mask: Any = None) -> 
     columns = {"loss": outcome.loss + tf.add_n(terms) if terms else outcome.loss}
     columns.update(outcome.metrics)
     layout = _layout(columns, size)
+    widths = [width or 1 for width in layout.widths]
+    values = tf.concat(
+        [
+            tf.reshape(tf.cast(columns[name], dtype), [size, width])
+            for name, width in zip(layout.names, widths, strict=True)
+        ],
+        axis=1,
+    )
+    if outcome.weight is None and mask is None:
+        return layout, tf.concat([tf.constant([size], dtype), tf.reduce_sum(values, axis=0)], 0)
     weights = tf.cast(outcome.weights(), dtype)
     if mask is not None:
         weights *= tf.cast(mask, dtype)
-    parts = [tf.reduce_sum(weights)[None]]
-    for name, width in zip(layout.names, layout.widths, strict=True):
-        values = tf.reshape(tf.cast(columns[name], dtype), [size, width or 1])
-        if mask is not None:
-            # What only fills up may be anything, also infinite, and 0 x inf is not 0.
-            values = tf.where(weights[:, None] > 0, values, tf.zeros_like(values))
-        parts.append(tf.reduce_sum(weights[:, None] * values, axis=0))
-    return layout, tf.concat(parts, axis=0)
+        # What only fills up may be anything, also infinite, and 0 x inf is not 0.
+        values = tf.where(weights[:, None] > 0, values, tf.zeros_like(values))
+    weights = weights[:, None]
+    return layout, tf.reduce_sum(tf.concat([weights, weights * values], axis=1), axis=0)
 
 
 def _layout(columns: Mapping[str, Any], size: int) -> Layout:
