@@ -1,9 +1,9 @@
 """What a block of steps reports: a row of numbers a step, written in graph, read on the host.
 
 The row of a step holds, in this order: whether it was applied, the global norm of the mean
-gradient, the number of the first variable whose gradient is not finite (0 for none), the loss scale,
-the loss of each local replica, on request the norms of each variable's gradient and of the variable,
-and the sums.
+gradient, the number of the first variable whose gradient is not finite (0 for none), the loss
+scale, the loss of each local replica, on request the norms of each variable's gradient and of the
+variable, and the sums.
 """
 
 from __future__ import annotations
