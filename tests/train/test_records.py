@@ -235,7 +235,7 @@ def test_files_without_records_and_patterns_without_files_are_refused(tmp_path: 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "empty.tfrecord").touch()
     (tmp_path / "data" / "void.tfrecord").touch()
-    with pytest.raises(JobError, match="there are no records in .*2 files"):
+    with pytest.raises(JobError, match=r"there are no records in .*2 files"):
         opened(tmp_path / "data")
     with pytest.raises(JobError, match=re.escape("data is a folder: name its files, such as")):
         RecordSource(tmp_path / "data", FEATURES, cache_dir=tmp_path)
