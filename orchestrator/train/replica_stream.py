@@ -53,9 +53,9 @@ class ReplicaStream:
         self._cannot_save = ""
         with tf.device("CPU:0"):
             self._iterator = iter(dataset.batch(size, drop_remainder=True))
-            self._pull = tf.function(
-                self._pull_steps, input_signature=[tf.TensorSpec([], tf.int32)], autograph=False
-            )
+        self._pull = tf.function(
+            self._pull_steps, input_signature=[tf.TensorSpec([], tf.int32)], autograph=False
+        )
 
     def read(self, num_steps: int) -> None:
         """Read on until so many steps lie ready, or the stream ends."""
@@ -68,6 +68,12 @@ class ReplicaStream:
     def take(self, first_step: int, num_steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return ids [steps, batch] and features [steps, batch, ...] of the next steps."""
         count = num_steps * self._size
+        if self._used + len(self._ids) == 0:
+            raise JobError(
+                f"source {self._name!r}: the stream of replica {self._replica} gives no batch of "
+                f"{self._size} examples at all: look whether its shard has any, such as one file "
+                "or more for each replica, and add .repeat()"
+            )
         if len(self._ids) < count:
             raise JobError(
                 f"source {self._name!r}: the stream of replica {self._replica} ended at step "
@@ -145,8 +151,7 @@ class ReplicaStream:
 
     def _read_rows(self, num_steps: int) -> dict[str, np.ndarray]:
         """Return the features of the next steps, fewer at the stream's end: [rows, ...]."""
-        with tf.device("CPU:0"):
-            count, arrays = self._pull(tf.constant(num_steps))
+        count, arrays = self._pull(tf.constant(num_steps))
         rows = {}
         for key, array in arrays.items():
             steps = array.numpy()[: int(count)]
@@ -155,28 +160,29 @@ class ReplicaStream:
 
     def _pull_steps(self, num_steps: Any) -> Any:
         """Take batches from the iterator, in graph: one call for a block, without Python's lock."""
-        arrays = {
-            key: tf.TensorArray(
-                feature.dtype, num_steps, element_shape=[self._size, *_sizes(feature)]
+        with tf.device("CPU:0"):
+            arrays = {
+                key: tf.TensorArray(
+                    feature.dtype, num_steps, element_shape=[self._size, *_sizes(feature)]
+                )
+                for key, feature in self._features.items()
+            }
+
+            def one_step(i: Any, more: Any, arrays: Any) -> Any:
+                batch = self._iterator.get_next_as_optional()
+
+                def write() -> Any:
+                    rows = batch.get_value()
+                    return i + 1, True, {key: a.write(i, rows[key]) for key, a in arrays.items()}
+
+                return tf.cond(batch.has_value(), write, lambda: (i, False, arrays))
+
+            count, _, arrays = tf.while_loop(
+                lambda i, more, arrays: (i < num_steps) & more,
+                one_step,
+                (tf.constant(0), tf.constant(True), arrays),
             )
-            for key, feature in self._features.items()
-        }
-
-        def one_step(i: Any, more: Any, arrays: Any) -> Any:
-            batch = self._iterator.get_next_as_optional()
-
-            def write() -> Any:
-                rows = batch.get_value()
-                return i + 1, True, {key: a.write(i, rows[key]) for key, a in arrays.items()}
-
-            return tf.cond(batch.has_value(), write, lambda: (i, False, arrays))
-
-        count, _, arrays = tf.while_loop(
-            lambda i, more, arrays: (i < num_steps) & more,
-            one_step,
-            (tf.constant(0), tf.constant(True), arrays),
-        )
-        return count, {key: array.stack() for key, array in arrays.items()}
+            return count, {key: array.stack() for key, array in arrays.items()}
 
 
 def _sizes(feature: Feature) -> list[int]:

@@ -31,7 +31,7 @@ _CAUSES: dict[type[OrchestratorError], Cause] = {
     ExportError: Cause.export,
 }
 # What survivors of a lost peer see; anything else TensorFlow raises is the job's own doing.
-_COLLATERAL = (
+COLLATERAL = (
     tf.errors.UnavailableError,
     tf.errors.DeadlineExceededError,
     tf.errors.AbortedError,
@@ -101,7 +101,7 @@ class Reporter:
         for kind, cause in _CAUSES.items():
             if isinstance(error, kind):
                 return cause
-        if isinstance(error, _COLLATERAL) and self._order.plan.num_workers > 1:
+        if isinstance(error, COLLATERAL) and self._order.plan.num_workers > 1:
             return Cause.start if self.phase is Phase.connecting else Cause.collateral
         if self.phase in (Phase.starting, Phase.connecting):
             return Cause.start

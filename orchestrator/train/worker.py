@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from orchestrator.train.loading import checked_model, load_job, load_source
 from orchestrator.train.loop import Agreement, Loop, Parts, Wish
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.profile import Profile
-from orchestrator.train.report import Reporter
+from orchestrator.train.report import COLLATERAL, Reporter
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.step import TrainStep
 from orchestrator.train.stream_feeder import make_feeder
@@ -109,10 +110,20 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
         parts.saver.close()
     if is_chief and outcome is Outcome.completed and plan.config.export.enabled:
         _export(reporter, made, plan, _exported_checkpoint(plan, parts.best, step))
-    # A worker that leaves early is a lost peer to the others.
     reporter.enter(Phase.ending)
-    parts.agreement.decide(Wish())
+    _leave_together(parts.agreement)
     reporter.tell(Ended, step=step, outcome=outcome)
+
+
+def _leave_together(agreement: Agreement) -> None:
+    """Wait until all workers have done everything: one that leaves early is a lost peer.
+
+    Who is through with this last reduction first leaves, and may cut off another one that still
+    fetches its result (seen on a busy machine). That one is done as well: the first had its result
+    only because all had come. A peer that really failed is told by its own agent.
+    """
+    with contextlib.suppress(*COLLATERAL):
+        agreement.decide(Wish())
 
 
 def _make(order: WorkerOrder, reporter: Reporter) -> _Made:
