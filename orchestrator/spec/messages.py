@@ -105,7 +105,7 @@ class DataUsed(Message):
     digest: str
     num_examples: int
     features: Mapping[str, str]  # name -> "uint8 [28, 28]"
-    placement: str = ""  # "resident on device" or "fetched from host"
+    placement: str = ""  # "resident on device", "fetched from host" or "stream, not elastic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

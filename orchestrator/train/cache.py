@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from orchestrator.errors import JobError
 from orchestrator.train.downloads import Damaged, DownloadError, Fetcher, Progress
 
 Content = TypeVar("Content")
+# Between two looks at a lock that another worker holds; each is a sign of life of this one.
+_LOOK_S = 0.5
 
 
 def ignore(_: str) -> None:
@@ -37,6 +40,11 @@ def set_reporter(progress: Progress, notice: Progress = ignore) -> None:
     """
     global _progress, _notice
     _progress, _notice = progress, notice
+
+
+def tell_progress(text: str) -> None:
+    """Pass a short text on to whom `set_reporter` named."""
+    _progress(text)
 
 
 def obtain(
@@ -68,7 +76,7 @@ def obtain(
         return content
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock", title):
+        with locked(folder / ".lock", f"download of {title}"):
             # Another worker may have fetched it while this one waited for the lock.
             content = look(_notice)
             if content is None:
@@ -85,14 +93,21 @@ def obtain(
 
 
 @contextmanager
-def _locked(path: Path, title: str) -> Iterator[None]:
-    """Hold a lock between processes; it goes with the process that holds it."""
+def locked(path: Path, work: str) -> Iterator[None]:
+    """Hold a lock between processes; it goes with the process that holds it.
+
+    Args:
+        path: the lock's file; made if need be.
+        work: what the holder does, for the progress of those who wait.
+    """
     with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _progress(f"waiting for another worker's download of {title}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                _progress(f"waiting for another worker's {work}")
+                time.sleep(_LOOK_S)
         yield
 
 

@@ -122,7 +122,7 @@ class Saver:
         staged = self._staging_dir / store.checkpoint_name(step)
         target = self._paths.checkpoints_dir / store.checkpoint_name(step)
         try:
-            staged.mkdir()
+            staged.mkdir(exist_ok=True)  # the state of streams may lie there already
         except OSError as error:
             raise StorageError(f"cannot stage a checkpoint in {staged}: {error}") from error
         with tf.device("CPU:0"):

@@ -42,8 +42,20 @@ class NanGuard:
         agreement: Agreement,
         saver: Saver | None,
         variables: Mapping[str, keras.Variable],
+        *,
+        can_go_back: bool = True,
     ):
-        """Make a guard; `saver` is the chief's, `variables` all that a checkpoint holds."""
+        """Make a guard.
+
+        Args:
+            plan: of the run.
+            worker: index of this worker.
+            reporter: tells about it.
+            agreement: between all workers.
+            saver: the chief's; None on others.
+            variables: all that a checkpoint holds.
+            can_go_back: whether the data can be read again from any step; a stream cannot.
+        """
         self._plan = plan
         self._worker = worker
         self._reporter = reporter
@@ -51,11 +63,12 @@ class NanGuard:
         self._saver = saver
         self._variables = variables
         self._on_nan = plan.config.train.on_nan
+        self._can_go_back = can_go_back
         self._rollbacks = (0, 0)  # step of the last checkpoint gone back to, and how often
 
     def cut(self, result: BlockResult) -> BlockResult:
         """Leave out what a block did after a bad step that is going to be taken back."""
-        if self._on_nan is OnNan.rollback and result.broken.any():
+        if self._on_nan is OnNan.rollback and self._can_go_back and result.broken.any():
             return result.until(int(np.flatnonzero(result.broken)[0]) + 1)
         return result
 
@@ -88,10 +101,10 @@ class NanGuard:
         )
 
     def roll_back(self, result: BlockResult, step: int) -> None:
-        """Go back to the newest checkpoint if the block ended with a bad step.
+        """Go back to the newest checkpoint if a step of the block was bad.
 
         Args:
-            result: of a block, cut.
+            result: of a block, cut if it can be: with a stream its last steps are taken back too.
             step: its last step.
 
         Raises:
@@ -100,9 +113,11 @@ class NanGuard:
         """
         if self._on_nan is not OnNan.rollback or not result.broken.any():
             return
+        index = int(np.flatnonzero(result.broken)[0])
+        bad_step = step - len(result.finite) + index + 1
         what = (
-            f"{_what(result, -1)} was not finite at step {step}, examples "
-            f"{_guilty_ids(result, -1)}{_named(result, -1)}"
+            f"{_what(result, index)} was not finite at step {bad_step}, examples "
+            f"{_guilty_ids(result, index)}{_named(result, index)}"
         )
         checkpoint = self._agreed_checkpoint()
         if checkpoint is None:

@@ -11,6 +11,7 @@ from orchestrator.errors import JobError
 from orchestrator.spec.plan import RunPlan
 from orchestrator.train.job import Job, translated
 from orchestrator.train.sources import Source, Split
+from orchestrator.train.streams import StreamSource
 
 
 def load_job(plan: RunPlan) -> Job:
@@ -37,11 +38,12 @@ def load_job(plan: RunPlan) -> Job:
     return translated(job)
 
 
-def load_source(job: Job, plan: RunPlan, split: Split) -> Source:
+def load_source(job: Job, plan: RunPlan, split: Split, worker: int = 0) -> Source:
     """Open a split and compare it with what was planned.
 
     Raises:
-        JobError: the split is not a Source, or has another number of examples than the plan.
+        JobError: the split is not a Source, or has another number of examples than the plan; or it
+            is a stream where none can be.
     """
     source = job.source(split)
     if not isinstance(source, Source):
@@ -52,6 +54,10 @@ def load_source(job: Job, plan: RunPlan, split: Split) -> Source:
     training = split is Split.TRAIN
     key = "num_examples" if training else "num_eval_examples"
     planned = getattr(plan.config.data, key)
+    if isinstance(source, StreamSource):
+        _refuse_stream(plan, split)
+        replicas = plan.worker_replicas(worker)
+        source.open(replicas, plan.num_replicas, plan.config.train.seed, planned)
     if source.num_examples != planned:
         raise JobError(
             f"data.{key}={planned} but source({split.name}) has {source.num_examples} examples "
@@ -59,6 +65,22 @@ def load_source(job: Job, plan: RunPlan, split: Split) -> Source:
             f"{source.num_examples}, or look at the data"
         )
     return source
+
+
+def _refuse_stream(plan: RunPlan, split: Split) -> None:
+    """Refuse a stream where every number of replicas must see the same examples."""
+    if split is Split.EVAL:
+        raise JobError(
+            "source(EVAL) returned a stream; an evaluation counts every example exactly once, so "
+            "it needs random access: return an ArraySource or a RecordSource, or set "
+            "data.num_eval_examples=0"
+        )
+    if plan.verifying:
+        raise JobError(
+            "source(TRAIN) returned a stream; verify compares runs of the same examples, and a "
+            "stream gives others to another number of replicas: verify the job with an "
+            "ArraySource of some of them"
+        )
 
 
 def checked_model(job: Job, source: Source) -> keras.Model:

@@ -26,6 +26,7 @@ from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter
 from orchestrator.train.schedule import BlockLength, Schedule
 from orchestrator.train.step import TrainStep
+from orchestrator.train.stream_feeder import StreamFeeder
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Parts:
     worker: int
     step: TrainStep
     evaluation: Evaluation | None
-    feeder: Feeder
+    feeder: Feeder | StreamFeeder
     optimizers: Optimizers
     saver: Saver | None
     agreement: Agreement
@@ -217,6 +218,10 @@ class Loop:
         parts.reporter.enter(Phase.stepping)
 
     def _save(self, step: int) -> None:
+        if isinstance(self._parts.feeder, StreamFeeder):
+            self._parts.feeder.save(step)
+            # The chief commits the folder only once every worker's streams lie in it.
+            self._parts.agreement.wait_for_all()
         if self._parts.saver is not None:
             best = self._parts.best
             self._parts.saver.save(step, best.state if best is not None else None)

@@ -29,7 +29,7 @@ from orchestrator.train.agreement import Agreement
 from orchestrator.train.audit import Audit
 from orchestrator.train.best import BestEvaluation, require_metric
 from orchestrator.train.checkpoint import Saver, named_variables, restore
-from orchestrator.train.data import Feeder, Order, make_shards
+from orchestrator.train.data import make_shards
 from orchestrator.train.devices import build_strategy, configure_devices, overrule_keras_settings
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.export import export_model
@@ -46,6 +46,8 @@ from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.step import TrainStep
+from orchestrator.train.stream_feeder import make_feeder
+from orchestrator.train.streams import StreamSource
 from orchestrator.train.substitutions import substitute
 
 
@@ -133,7 +135,7 @@ def _make(order: WorkerOrder, reporter: Reporter) -> _Made:
     datasets.set_reporter(reporter.progress, lambda text: reporter.tell(Notice, text=text))
     job = load_job(plan)
     reporter.log(f"job {plan.config.job.class_name} from {inspect.getfile(type(job))}")
-    train_source = load_source(job, plan, Split.TRAIN)
+    train_source = load_source(job, plan, Split.TRAIN, order.worker)
     eval_source = load_source(job, plan, Split.EVAL) if plan.eval_steps else None
     for split, source in ((Split.TRAIN, train_source), (Split.EVAL, eval_source)):
         if source is not None and is_chief:
@@ -198,7 +200,6 @@ def _assemble(
     """Put together what the loop drives."""
     plan, replicas = order.plan, order.plan.worker_replicas(order.worker)
     job, model, strategy, source = made.job, made.model, made.strategy, made.train_source
-    train = plan.config.train
     shards = make_shards(plan.replica_batch_sizes, replicas)
     resident = Resident(source, made.devices)
     evaluation = None
@@ -233,17 +234,19 @@ def _assemble(
             tell=lambda text: reporter.tell(Notice, text=text),
         ),
         evaluation=evaluation,
-        feeder=Feeder(
-            source,
-            Order(train.seed, source.num_examples),
-            shards,
-            train.global_batch_size,
-            resident=resident.tables is not None,
-        ),
+        feeder=make_feeder(order, reporter, source, shards, resident=resident.tables is not None),
         optimizers=made.optimizers,
         saver=saver,
         agreement=agreement,
-        guard=NanGuard(plan, order.worker, reporter, agreement, saver, made.variables),
+        guard=NanGuard(
+            plan,
+            order.worker,
+            reporter,
+            agreement,
+            saver,
+            made.variables,
+            can_go_back=not isinstance(source, StreamSource),
+        ),
         audit=_audit(order, made),
         reporter=reporter,
         pending=pending,

@@ -1,5 +1,6 @@
 """The example in docs/jobs.md runs as it is printed, from a folder outside the repository."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -14,10 +15,14 @@ import pytest
 import tensorflow as tf
 
 from orchestrator.spec.config import load_config
+from orchestrator.spec.messages import DataUsed, Ended, Failed
 from orchestrator.train.sources import Split
+from tests.train.test_worker import live, only
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "jobs.md").read_text()
+# Examples further down stand on the first one.
+LATER_BLOCK = re.compile(r"^`(?:records|streams)/(\S+)`\n\n```\w+\n(.*?)^```$", re.M | re.DOTALL)
 BLOCK = re.compile(r"^`mine/(\S+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -100,3 +105,38 @@ def test_the_example_is_trained_by_the_command_from_an_outside_folder(tmp_path: 
     assert done.returncode == 0, done.stdout
     assert "eval/absolute_error" in done.stdout
     assert list((tmp_path / "runs" / "waves").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        ("wave_records.RecordWaves", "fetched from host"),
+        ("wave_streams.StreamWaves", "stream, not elastic"),
+    ],
+)
+def test_the_examples_of_records_and_streams_are_trained_on_the_files_they_write(
+    name: str, placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, text in {**example(), **dict(LATER_BLOCK.findall(PAGE))}.items():
+        if file.endswith(".py"):
+            (tmp_path / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tmp_path / "data"
+    try:
+        importlib.import_module("wave_records").write(data)
+        told = live(
+            tmp_path,
+            job__class_name=name,
+            data__path=str(data),
+            data__cache_dir=str(tmp_path / "cache"),
+            data__num_examples=10_000,
+            data__num_eval_examples=1_000,
+            export__enabled=False,
+        )
+    finally:
+        for module in ("waves", "wave_records", "wave_streams"):
+            sys.modules.pop(module, None)
+    used = {message.split: message.placement for message in only(told, DataUsed)}
+    assert used["train"] == placement
+    assert not only(told, Failed)
+    assert only(told, Ended)[0].step == 12, only(told, Failed)

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from orchestrator.train.job import Batch, Progress
+from orchestrator.train.sources import ArraySource, Source, Split
+from orchestrator.train.streams import StreamSource
 from tests.train.tiny import Tiny
 
 
@@ -28,6 +31,20 @@ class Poisoned(Tiny):
     def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
         losses = super().loss(batch, outputs)
         return losses / tf.cast(~batch["bad"], losses.dtype)
+
+
+class PoisonedStream(Poisoned):
+    """The same, on a stream."""
+
+    def source(self, split: Split) -> Source:
+        arrays = super().source(split)
+        assert isinstance(arrays, ArraySource)
+        rows = arrays.fetch(np.arange(arrays.num_examples))
+        return StreamSource(
+            lambda shard, num_shards, seed: (
+                tf.data.Dataset.from_tensor_slices(rows).shard(num_shards, shard).repeat()
+            )
+        )
 
 
 class Drifting(Tiny):

@@ -73,6 +73,27 @@ def test_rollback_takes_back_what_was_done_since_the_checkpoint_and_goes_on(
             np.testing.assert_array_equal(left, right)
 
 
+def test_rollback_takes_back_the_whole_block_of_a_stream_which_cannot_be_read_again(
+    tmp_path: Path,
+) -> None:
+    told = live(
+        tmp_path,
+        checkpoint__every_steps=4,
+        **{**ROLLBACK, "job__class_name": "tests.train.faulty.PoisonedStream"},
+        job__args={"steps": [6]},
+    )
+    assert only(told, Ended) and steps_told(told) == list(range(1, 13))
+    [notice] = [m.text for m in only(told, Notice) if "not finite" in m.text]
+    assert "at step 6" in notice and "the weights are those of step 4 again" in notice
+    # Steps 5 to 8 were a block: the checkpoint behind it holds what the one before it held.
+    for left, right in zip(saved_weights(tmp_path, 4), saved_weights(tmp_path, 8), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert any(
+        (left != right).any()
+        for left, right in zip(saved_weights(tmp_path, 8), saved_weights(tmp_path, 12), strict=True)
+    )
+
+
 def test_rollback_without_a_checkpoint_stops(tmp_path: Path) -> None:
     told = live(tmp_path, job__args={"steps": [3]}, checkpoint__every_steps=8, **ROLLBACK)
     [failed] = only(told, Failed)
