@@ -1,6 +1,6 @@
 """`make bench`: our speed against what one would write by hand, in alternating pairs.
 
-python -m benchmarks [only=NAME,NAME] [pairs=5] [seconds=8] [fresh=true] [list=true]
+python -m benchmarks [only=NAME,NAME] [pairs=5] [seconds=7] [fresh=true] [list=true]
 
 Prints the tables and keeps them in benchmarks/RESULTS.md. Finished samples are kept in
 benchmarks/.state.json: the same command goes on where it was interrupted.
@@ -101,7 +101,7 @@ def _write(lines: dict[str, str]) -> str:
     text, _, old = before.partition(MARK)
     gpus = local_host().num_gpus
     cores = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    gpu = f"GPU: {gpus} present." if gpus else "GPU: not measured, no GPU on this machine."
+    gpu = f"GPU: {gpus} present." if gpus else "GPU: none was present."
     head = f"Last run: {date.today()}, {cores}, {versions()}.\n\n{gpu}"
     names = [row.name for row in rows()]
     measured = tables(kept_lines(old) | lines, names, [row.name for row in COMMANDS], head)

@@ -30,7 +30,7 @@ class Row:
     figure: str
     ours: Side
     other: Side
-    seconds: float = 8.0
+    seconds: float = 7.0
 
     @property
     def pair(self) -> str:
