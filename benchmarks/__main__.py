@@ -1,6 +1,6 @@
 """`make bench`: our speed against what one would write by hand, in alternating pairs.
 
-python -m benchmarks [only=NAME,NAME] [pairs=5] [seconds=7] [fresh=true] [list=true]
+python -m benchmarks [only=NAME,NAME] [pairs=5] [seconds=6] [fresh=true] [list=true]
 
 Prints the tables and keeps them in benchmarks/RESULTS.md. Finished samples are kept in
 benchmarks/.state.json: the same command goes on where it was interrupted.

@@ -30,7 +30,7 @@ class Row:
     figure: str
     ours: Side
     other: Side
-    seconds: float = 7.0
+    seconds: float = 6.0
 
     @property
     def pair(self) -> str:
@@ -261,7 +261,7 @@ def _checkpoint_rows() -> list[Row]:
             "steps_per_s",
             Ours("mnist", 40, (*_LARGE, "checkpoint.every_s=10")),
             Ours("mnist", 40, (*_LARGE, *_NO_CHECKPOINTS)),
-            seconds=30.0,
+            seconds=30.0,  # three or four checkpoints
         ),
     ]
 

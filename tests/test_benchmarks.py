@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.__main__ import Options, chosen, parse
 from benchmarks.bench import Bench
-from benchmarks.measure import sample_of
+from benchmarks.measure import fastest_rate, sample_of
 from benchmarks.report import (
     kept_lines,
     noise,
@@ -74,15 +74,34 @@ def test_one_pair_is_no_verdict() -> None:
     assert verdict("≥ 0.98", [2.0], [200.0], [100.0]) == "–"
 
 
+MLFLOW = {"kind": "MlflowRun"}
+
+
 def test_the_first_fifth_of_a_run_is_not_counted() -> None:
     # 100 steps; the block that ends at 20 is the last of the warm-up: 80 steps in 8 s.
     blocks = [block(0, 10, 3.0), block(10, 10, 5.0), block(20, 40, 9.0), block(60, 40, 13.0)]
-    sample = sample_of(1.0, [*blocks, block(0, 100, 99.0, worker=1)])
+    sample = sample_of(1.0, [MLFLOW, *blocks, block(0, 100, 99.0, worker=1)])
     assert (sample.start_s, sample.steps_per_s, sample.stall_s) == (2.0, 10.0, 0.0)
 
 
-def test_a_run_of_one_block_has_no_rate() -> None:
-    assert sample_of(1.0, [block(0, 10, 3.0)]).steps_per_s == 0.0
+def test_steps_beside_the_import_of_mlflow_are_not_counted() -> None:
+    # MLflow has the run before the block that ends at 60: 40 steps in 4 s.
+    blocks = [block(0, 10, 3.0), block(10, 10, 5.0), block(20, 40, 99.0), block(60, 40, 103.0)]
+    assert sample_of(1.0, [*blocks[:2], MLFLOW, *blocks[2:]]).steps_per_s == 10.0
+
+
+def test_a_run_that_ends_before_mlflow_has_it_has_no_rate() -> None:
+    blocks = [block(0, 10, 3.0), block(10, 10, 5.0)]
+    assert sample_of(1.0, [*blocks, MLFLOW]).steps_per_s == 0.0
+    assert sample_of(1.0, [MLFLOW, block(0, 10, 3.0)]).steps_per_s == 0.0
+
+
+def test_the_rate_of_a_trial_is_that_of_its_fastest_long_block() -> None:
+    # The first block traces; the one of 2 steps is too short to say anything.
+    blocks = [(1, 5.0), (16, 4.0), (2, 0.01), (20, 2.0)]
+    records = [{**block(0, n, 0.0), "wall_s": wall_s} for n, wall_s in blocks]
+    assert fastest_rate(records) == 10.0
+    assert fastest_rate(records[:1]) == 0.0
 
 
 def test_the_stall_of_a_run_is_the_median_of_its_checkpoints() -> None:
