@@ -211,23 +211,30 @@ def _independent_row() -> Row:
 
 
 def _input_rows() -> list[Row]:
-    def side(class_name: str) -> Ours:
-        return Ours("mnist", _MNIST.trial_steps, (f"job.class_name=bench_inputs.{class_name}",))
+    # As a graph on both sides: what is fetched is not compiled by train.compile=auto.
+    def side(*overrides: str) -> Ours:
+        return Ours("mnist", 8_000, (*overrides, "train.compile=graph"))
 
-    text = "steady steps/s, `mnist`, {} ÷ one constant batch"
+    constant = side("job.class_name=bench_inputs.Constant")
+    fetched = side("job.class_name=bench_inputs.Fetched")
+    text = "steady steps/s, `mnist`, `train.compile=graph`, images {} ÷ one constant batch"
     return [
         Row(
-            f"input-{name}",
-            text.format(f"images {told}"),
+            "input-resident",
+            text.format("gathered in graph"),
             "≥ 0.97",
             "steps_per_s",
-            ours,
-            side("Constant"),
-        )
-        for name, told, ours in (
-            ("resident", "gathered in graph", Ours("mnist", _MNIST.trial_steps)),
-            ("fetched", "fetched on the host", side("Fetched")),
-        )
+            side(),
+            constant,
+        ),
+        Row(
+            "input-fetched",
+            text.format("fetched on the host"),
+            "≥ 0.97",
+            "steps_per_s",
+            fetched,
+            constant,
+        ),
     ]
 
 
