@@ -22,14 +22,15 @@ _DIGITS = 3  # significant ones of a median
 
 
 def spread(numbers: Sequence[float], unit: str = "") -> str:
-    """Return median and range, or a dash where there is nothing."""
+    """Return median and range, the number alone if there is one, a dash if there is none."""
     if not numbers:
         return "–"
     median = statistics.median(numbers)
     size = math.floor(math.log10(median)) if median > 0 else 0
     digits = max(0, _DIGITS - 1 - size)
-    low, high = min(numbers), max(numbers)
-    text = f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+    text = f"{median:,.{digits}f}"
+    if len(numbers) > 1:
+        text += f" ({min(numbers):,.{digits}f} to {max(numbers):,.{digits}f})"
     return f"{text} {unit}".rstrip()
 
 
