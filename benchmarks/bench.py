@@ -95,7 +95,7 @@ class Bench:
         return [ending if command.ending else wall for wall, ending in kept]
 
     def _seconds_of(self, row: Row) -> float:
-        return row.seconds if self._seconds is None else self._seconds
+        return row.seconds if self._seconds is None else max(self._seconds, row.least_seconds)
 
     def _key(self, row: Row) -> str:
         return f"{row.pair} {self._seconds_of(row):g} s"
