@@ -6,7 +6,7 @@ python -m benchmarks.comparators MODE SPEC
   on the device; xla: the same, compiled by XLA.
 * tutorial: NumPy slices and one `tf.function` call a step, as in TensorFlow's guides.
 * fit: `keras.Model.fit`; fit-100: with steps_per_execution=100; fit-graph and fit-graph-100: the
-  same with jit_compile=False, because Keras compiles with XLA by itself where it thinks it can.
+  same with jit_compile=False, because Keras decides by itself whether it compiles with XLA.
 * save: the steps wait while `tf.train.Checkpoint.save` writes all state.
 """
 
