@@ -53,8 +53,9 @@ submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=htt
 test: lint types ## Lint, types, all tests but tests/gpu (args= names others)
 	@exec $(python) -m pytest --durations=10 -rs $(or $(args),--ignore=tests/gpu)
 
-bench: .venv/.stamp-$(device) ## Measure speed against loops by hand: only=mnist-graph
-	@exec $(python) -m benchmarks $(if $(only),only=$(call quote,$(only))) $(args)
+bench: .venv/.stamp-dev ## Measure speed against loops by hand: only=mnist-graph pairs=5
+	@exec $(python) -m benchmarks $(foreach key,only pairs seconds fresh list,\
+	    $(if $($(key)),$(key)=$(call quote,$($(key))))) $(args)
 
 lint: .venv/.stamp-dev ## Check style and format with ruff
 	@$(python) -m ruff check --quiet

@@ -6,14 +6,19 @@ python -m benchmarks.comparators MODE SPEC
   on the device; xla: the same, compiled by XLA.
 * tutorial: NumPy slices and one `tf.function` call a step, as in TensorFlow's guides.
 * fit: `keras.Model.fit`; fit-100: with steps_per_execution=100; fit-graph and fit-graph-100: the
-  same with jit_compile=False, because Keras compiles with XLA by itself where it thinks it can.
+  same with jit_compile=False, because Keras decides by itself whether it compiles with XLA.
+* save: the steps wait while `tf.train.Checkpoint.save` writes all state.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -23,6 +28,7 @@ from benchmarks.spec import Spec
 from benchmarks.subject import Rows, Stopwatch, Subject, bound_threads
 
 _STEPS_BETWEEN_LOOKS = 50  # at the clock; a look waits for the device
+_SAVES = 5
 
 
 def same_graph(subject: Subject, watch: Stopwatch, *, jit: bool) -> None:
@@ -70,26 +76,22 @@ class _Enough(Exception):
 
 
 class _Looks(keras.callbacks.Callback):
-    """Lets the stopwatch look at the clock now and then."""
+    """Lets the stopwatch look at the clock whenever Keras comes by."""
 
     async_safe = True  # else Keras waits for the device after every batch
 
-    def __init__(self, watch: Stopwatch, num_steps: int):
+    def __init__(self, watch: Stopwatch):
         super().__init__()
         self._watch = watch
-        self._period = num_steps
-        self._next = 0
         self._counted = -1
         self._epoch = 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Count the batches since the last look; `batch` is the index of the last one done."""
         total = self.params["steps"] * self._epoch + batch
-        if total < self._next:
-            return
         if not self._watch.goes_on(total - self._counted):
             raise _Enough
-        self._counted, self._next = total, total + self._period
+        self._counted = total
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Remember which epoch it is: Keras counts batches from zero in each."""
@@ -115,7 +117,6 @@ def fit(subject: Subject, watch: Stopwatch, *, steps_per_execution: int, jit: An
         steps_per_execution=steps_per_execution,
         jit_compile=jit,
     )
-    looks = _Looks(watch, _STEPS_BETWEEN_LOOKS)
     try:
         model.fit(
             data["x"].numpy(),
@@ -123,10 +124,29 @@ def fit(subject: Subject, watch: Stopwatch, *, steps_per_execution: int, jit: An
             batch_size=subject.spec.batch_size,
             epochs=1_000_000,
             verbose=0,
-            callbacks=[looks],
+            callbacks=[_Looks(watch)],
         )
     except _Enough:
         return
+
+
+def save(subject: Subject, watch: Stopwatch) -> None:
+    """Save everything several times, a step between; the stall is the median."""
+    rows = Rows(subject)
+    train_step = tf.function(subject.step)
+    checkpoint = tf.train.Checkpoint(model=subject.model, **subject.optimizers)
+    seconds = []
+    with tempfile.TemporaryDirectory(prefix="bench-save-") as folder:
+        for number in range(_SAVES):
+            [ids] = rows.take(1)
+            train_step({name: array[ids] for name, array in subject.arrays.items()}).numpy()
+            watch.goes_on(1)
+            begin = time.perf_counter()
+            path = checkpoint.save(f"{folder}/{number}")
+            seconds.append(time.perf_counter() - begin)
+            for file in Path(folder).glob(f"{Path(path).name}.*"):
+                file.unlink()
+    watch.stall_s = statistics.median(seconds)
 
 
 def _metric_names(subject: Subject) -> list[str]:
@@ -152,6 +172,7 @@ MODES: dict[str, Callable[[Subject, Stopwatch], None]] = {
     "fit-100": partial(fit, steps_per_execution=100, jit="auto"),
     "fit-graph": partial(fit, steps_per_execution=1, jit=False),
     "fit-graph-100": partial(fit, steps_per_execution=100, jit=False),
+    "save": save,
 }
 
 

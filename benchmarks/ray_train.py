@@ -41,7 +41,8 @@ def train(config: dict[str, str]) -> None:
     def agreed(number: Any) -> Any:
         def add_up(own: Any) -> Any:
             context = tf.distribute.get_replica_context()
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+            # The identity lies on this replica's device; an argument of the function on none.
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(own))
 
         return strategy.experimental_local_results(strategy.run(add_up, (number,)))[0]
 

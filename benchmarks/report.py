@@ -1,28 +1,37 @@
-"""Ratios, and the table that keeps them: pure text in, pure text out."""
+"""Ratios, verdicts, and the table that keeps them: pure text in, pure text out."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
 
 MARK = "<!-- measured: everything below is written by `make bench` -->"
 _RATIOS = [
-    "| row | ratio | goal | median (range) | ours | other | A/A ours | A/A other | measured |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| row | ratio | goal | median (range) | met | ours | other | A/A ours | A/A other | when |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 ]
-_SECONDS = ["| row | command | goal, s | median (range), s | measured |", "|---|---|---|---|---|"]
+_SECONDS = [
+    "| row | command | goal, s | median (range), s | met | A/A | when |",
+    "|---|---|---|---|---|---|---|",
+]
 _LINE = re.compile(r"^\| `([\w-]+)` \|")
+_DIGITS = 3  # significant ones of a median
 
 
-def spread(numbers: Sequence[float]) -> str:
-    """Return median and range, or a dash where there is nothing."""
+def spread(numbers: Sequence[float], unit: str = "") -> str:
+    """Return median and range, the number alone if there is one, a dash if there is none."""
     if not numbers:
         return "–"
-    digits = 0 if statistics.median(numbers) >= 100 else 2
-    parts = (statistics.median(numbers), min(numbers), max(numbers))
-    return "{} ({} to {})".format(*(f"{part:.{digits}f}" for part in parts))
+    median = statistics.median(numbers)
+    size = math.floor(math.log10(median)) if median > 0 else 0
+    digits = max(0, _DIGITS - 1 - size)
+    text = f"{median:,.{digits}f}"
+    if len(numbers) > 1:
+        text += f" ({min(numbers):,.{digits}f} to {max(numbers):,.{digits}f})"
+    return f"{text} {unit}".rstrip()
 
 
 def paired(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -35,20 +44,57 @@ def noise(same: Sequence[float]) -> list[float]:
     return [b / a for a, b in itertools.pairwise(same)]
 
 
+def verdict(goal: str, measured: Sequence[float], *sides: Sequence[float]) -> str:
+    """Return whether a goal is met by more than the noise: yes, no, or within noise.
+
+    The noise is how far a side is from itself, from one run to the next: the median over its
+    neighbours, of the side that moves more. With a single run there is none, and no verdict.
+
+    Args:
+        goal: `≥`, `≤` or `<`, and a number.
+        measured: what is compared with it: its median counts.
+        sides: the runs of each side.
+    """
+    sign, limit = goal.split()
+    moves = [[abs(ratio - 1) for ratio in noise(side)] for side in sides]
+    if not all(moves):
+        return "–"
+    margin = statistics.median(measured) / float(limit) - 1
+    if sign != "≥":
+        margin = -margin
+    if abs(margin) <= max(map(statistics.median, moves)):
+        return "within noise"
+    return "yes" if margin > 0 else "no"
+
+
 def ratio_line(
-    name: str, text: str, goal: str, ours: Sequence[float], other: Sequence[float], when: str
+    name: str,
+    text: str,
+    goal: str,
+    ours: Sequence[float],
+    other: Sequence[float],
+    *,
+    unit: str,
+    when: str,
 ) -> str:
     """Return a row of the table of ratios."""
+    ratios = paired(ours, other)
     cells = [
-        *(f"`{name}`", text, goal, spread(paired(ours, other)), spread(ours), spread(other)),
-        *(spread(noise(ours)), spread(noise(other)), f"{when}, {len(ours)} pairs"),
+        *(f"`{name}`", text, goal, spread(ratios), verdict(goal, ratios, ours, other)),
+        *(spread(ours, unit), spread(other, unit), spread(noise(ours)), spread(noise(other))),
+        f"{when}, {_pairs(len(ours))}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def seconds_line(name: str, text: str, goal: str, seconds: Sequence[float], when: str) -> str:
     """Return a row of the table of commands."""
-    return f"| {' | '.join([f'`{name}`', text, goal, spread(seconds), when])} |"
+    cells = [f"`{name}`", text, goal, spread(seconds), verdict(goal, seconds, seconds)]
+    return f"| {' | '.join([*cells, spread(noise(seconds)), when])} |"
+
+
+def _pairs(count: int) -> str:
+    return "1 pair" if count == 1 else f"{count} pairs"
 
 
 def kept_lines(text: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.spec.config import load_config
 from orchestrator.spec.host import local_host
 from orchestrator.spec.plan import make_plan
-from orchestrator.spec.schema import OptimizerGroup
+from orchestrator.spec.schema import OptimizerGroup, ScheduleName
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +33,8 @@ class Spec:
         optimizer: name of the Keras optimizer, in lower case.
         arguments: of that optimizer.
         groups: what parameter groups change of them.
+        cosine: of the learning rate: steps of warm-up, of the whole run, and the last factor;
+            None for a constant one.
         seconds: measured time, after a warm-up of a fifth of it.
     """
 
@@ -48,6 +50,7 @@ class Spec:
     optimizer: str
     arguments: dict[str, float]
     groups: dict[str, dict[str, float]]
+    cosine: tuple[int, int, float] | None
     seconds: float
 
     def to_json(self) -> str:
@@ -57,16 +60,32 @@ class Spec:
     @classmethod
     def from_json(cls, text: str) -> Spec:
         """Return what `to_json` wrote."""
-        return cls(**json.loads(text))
+        values = json.loads(text)
+        cosine = values.pop("cosine")
+        return cls(**values, cosine=None if cosine is None else tuple(cosine))
 
 
 def make_spec(job: str, overrides: tuple[str, ...], block_steps: int, seconds: float) -> Spec:
-    """Read what our run would do from its plan."""
+    """Read what our run would do from its plan.
+
+    Raises:
+        SystemExit: the job asks for something that the comparators do not do, so that the two
+            sides would not do the same work.
+    """
     config = load_config([f"job={job}", f"data.cache_dir={PROJECT / 'data'}", *overrides])
     plan = make_plan(config, run="bench", host=local_host(), cwd=PROJECT)
+    optimizer, schedule = config.optimizer, config.schedule
     if config.train.micro_batches != 1:
         raise SystemExit(f"{job} accumulates gradients, which the comparators do not")
-    optimizer = config.optimizer
+    if optimizer.clip_value or optimizer.ema_decay or optimizer.weight_decay_exclude:
+        raise SystemExit(
+            f"{job} sets optimizer.clip_value, ema_decay or weight_decay_exclude, which the "
+            "comparators do not"
+        )
+    is_constant = schedule.name is ScheduleName.constant and not schedule.warmup_steps
+    if not is_constant and schedule.name is not ScheduleName.cosine:
+        raise SystemExit(f"{job} has schedule={schedule.name.value}, which the comparators do not")
+    cosine = (schedule.warmup_steps, plan.total_steps, schedule.final_factor)
     arguments = _arguments(optimizer)
     if optimizer.clip_global_norm is not None:
         arguments["global_clipnorm"] = optimizer.clip_global_norm
@@ -83,6 +102,7 @@ def make_spec(job: str, overrides: tuple[str, ...], block_steps: int, seconds: f
         optimizer=optimizer.name.value,
         arguments=arguments,
         groups={name: _arguments(group) for name, group in optimizer.groups.items()},
+        cosine=None if is_constant else cosine,
         seconds=seconds,
     )
 

@@ -50,19 +50,40 @@ class Subject:
 
     def optimizer(self, group: str) -> keras.optimizers.Optimizer:
         """Return a new optimizer for a parameter group."""
-        own = self.spec.groups.get(group, {})
-        return _OPTIMIZERS[self.spec.optimizer](**{**self.spec.arguments, **own})
+        arguments: dict[str, Any] = {**self.spec.arguments, **self.spec.groups.get(group, {})}
+        if self.spec.cosine is not None:
+            arguments["learning_rate"] = cosine(arguments["learning_rate"], *self.spec.cosine)
+        return _OPTIMIZERS[self.spec.optimizer](**arguments)
 
     def step(self, raw: dict[str, Any], num_replicas: int = 1) -> Any:
-        """Train on the batch of one replica and return [loss, metrics ...] of the step."""
+        """Train on the batch of one replica and return [loss, metrics ...] of the step.
+
+        Gradients of embeddings are made dense: from slices Keras's Adam updates only the rows of
+        this batch, which is another optimizer, and not that of one device when there are several.
+        """
         size = self.spec.batch_size // num_replicas
-        seeds = tf.stack([tf.range(size, dtype=tf.int64)] * 2, axis=1)
+        done = tf.cast(next(iter(self.optimizers.values())).iterations, tf.int64)
+        # Not constants, or augmentation would be computed once, when the graph is optimised.
+        positions = done * self.spec.batch_size + tf.range(size, dtype=tf.int64)
+        seeds = tf.stack([positions, tf.fill([size], tf.constant(self.spec.seed, tf.int64))], 1)
         batch = self.job.prepare(raw, training=True, seeds=seeds)
         gradients, outcome = self.job.gradients(self.model, batch, 1.0 / self.spec.batch_size)
         for name, variables in self.groups.items():
-            self.optimizers[name].apply(gradients[name], variables)
+            dense = [tf.convert_to_tensor(gradient) for gradient in gradients[name]]
+            self.optimizers[name].apply(dense, variables)
         columns = [outcome.loss, *outcome.metrics.values()]
         return tf.stack([tf.reduce_mean(tf.cast(column, tf.float32)) for column in columns])
+
+
+def cosine(rate: float, warmup_steps: int, total_steps: int, final_factor: float) -> Any:
+    """Return Keras's own schedule: linear warm-up, then half a cosine."""
+    return keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup_steps else rate,
+        max(1, total_steps - warmup_steps),
+        alpha=final_factor,
+        warmup_target=rate if warmup_steps else None,
+        warmup_steps=warmup_steps,
+    )
 
 
 class Rows:
@@ -77,18 +98,24 @@ class Rows:
     def take(self, num_steps: int) -> np.ndarray:
         """Return the examples of the next steps, int64 [num_steps, batch]."""
         wanted = num_steps * self._size
-        parts = [self._left]
-        while sum(map(len, parts)) < wanted:
-            parts.append(self._random.permutation(self._num_examples))
-        joined = np.concatenate(parts)
-        self._left = joined[wanted:]
-        return joined[:wanted].reshape(num_steps, self._size)
+        if len(self._left) < wanted:
+            parts = [self._left]
+            while sum(map(len, parts)) < wanted:
+                parts.append(self._random.permutation(self._num_examples))
+            self._left = np.concatenate(parts)
+        taken, self._left = self._left[:wanted], self._left[wanted:]
+        return taken.reshape(num_steps, self._size)
 
 
 class Stopwatch:
-    """Takes the time of the first step, and the rate after a warm-up of a fifth of `seconds`."""
+    """Takes the time of the first step, and the rate after a warm-up of a fifth of `seconds`.
+
+    Attributes:
+        stall_s: how long steps wait for a checkpoint; 0 where none is written.
+    """
 
     def __init__(self, seconds: float):
+        self.stall_s = 0.0
         self._seconds = seconds
         self._first_step = self._begin = self._warm = self._end = 0.0
         self._steps = 0
@@ -107,5 +134,7 @@ class Stopwatch:
 
     def report(self) -> str:
         """Return what the benchmark reads, as JSON."""
-        rate = self._steps / (self._end - self._warm)
-        return json.dumps({"first_step": self._first_step, "steps_per_s": rate})
+        rate = self._steps / (self._end - self._warm) if self._steps else 0.0
+        return json.dumps(
+            {"first_step": self._first_step, "steps_per_s": rate, "stall_s": self.stall_s}
+        )

@@ -7,16 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import Options, chosen, estimate_s, parse
-from benchmarks.measure import steady
-from benchmarks.report import kept_lines, noise, paired, ratio_line, seconds_line, spread, tables
+from benchmarks.__main__ import Options, chosen, parse
+from benchmarks.bench import Bench
+from benchmarks.measure import fastest_rate, sample_of
+from benchmarks.report import (
+    kept_lines,
+    noise,
+    paired,
+    ratio_line,
+    seconds_line,
+    spread,
+    tables,
+    verdict,
+)
 from benchmarks.rows import COMMANDS, rows
 from benchmarks.spec import Spec, make_spec
 from benchmarks.state import State
 
 
-def block(first_step: int, num_steps: int, time: float) -> dict[str, float]:
-    return {"first_step": first_step, "num_steps": num_steps, "time": time}
+def block(first_step: int, num_steps: int, time: float, worker: int = 0) -> dict[str, object]:
+    return {
+        "kind": "BlockDone",
+        "worker": worker,
+        "first_step": first_step,
+        "num_steps": num_steps,
+        "time": time,
+    }
 
 
 def test_ratios_are_of_pairs_and_noise_is_of_neighbours() -> None:
@@ -28,20 +44,69 @@ def test_a_single_pair_has_no_noise() -> None:
     assert spread(noise([1.0])) == "–"
 
 
-def test_spread_is_median_and_range() -> None:
+def test_spread_is_median_and_range_with_three_digits() -> None:
     assert spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
-    assert spread([3000.4]) == "3000 (3000 to 3000)"
+    assert spread([3000.4], "steps/s") == "3,000 steps/s"
+    assert spread([0.002, 0.0041]) == "0.00305 (0.00200 to 0.00410)"
+
+
+@pytest.mark.parametrize(
+    ("goal", "ours", "told"),
+    [
+        # The other side is [100, 102, 100]: it moves by 2 % from run to run.
+        ("≥ 0.98", [105.0, 106.0, 105.0], "yes"),
+        ("≥ 0.98", [99.0, 101.0, 99.0], "within noise"),
+        ("≥ 0.98", [90.0, 91.0, 90.0], "no"),
+        ("≤ 0.98", [90.0, 91.0, 90.0], "yes"),
+        ("≤ 0.98", [105.0, 106.0, 105.0], "no"),
+        # Our own side moves by a quarter and more: that decides, too.
+        ("≥ 0.98", [110.0, 140.0, 112.0], "within noise"),
+    ],
+)
+def test_a_goal_is_met_or_missed_by_more_than_the_noise(
+    goal: str, ours: list[float], told: str
+) -> None:
+    other = [100.0, 102.0, 100.0]
+    assert verdict(goal, paired(ours, other), ours, other) == told
+
+
+def test_one_pair_is_no_verdict() -> None:
+    assert verdict("≥ 0.98", [2.0], [200.0], [100.0]) == "–"
+
+
+MLFLOW = {"kind": "MlflowRun"}
 
 
 def test_the_first_fifth_of_a_run_is_not_counted() -> None:
     # 100 steps; the block that ends at 20 is the last of the warm-up: 80 steps in 8 s.
     blocks = [block(0, 10, 3.0), block(10, 10, 5.0), block(20, 40, 9.0), block(60, 40, 13.0)]
-    sample = steady(1.0, blocks)
-    assert (sample.start_s, sample.steps_per_s) == (2.0, 10.0)
+    sample = sample_of(1.0, [MLFLOW, *blocks, block(0, 100, 99.0, worker=1)])
+    assert (sample.start_s, sample.steps_per_s, sample.stall_s) == (2.0, 10.0, 0.0)
 
 
-def test_a_run_of_one_block_has_no_rate() -> None:
-    assert steady(1.0, [block(0, 10, 3.0)]).steps_per_s == 0.0
+def test_steps_beside_the_import_of_mlflow_are_not_counted() -> None:
+    # MLflow has the run before the block that ends at 60: 40 steps in 4 s.
+    blocks = [block(0, 10, 3.0), block(10, 10, 5.0), block(20, 40, 99.0), block(60, 40, 103.0)]
+    assert sample_of(1.0, [*blocks[:2], MLFLOW, *blocks[2:]]).steps_per_s == 10.0
+
+
+def test_a_run_that_ends_before_mlflow_has_it_has_no_rate() -> None:
+    blocks = [block(0, 10, 3.0), block(10, 10, 5.0)]
+    assert sample_of(1.0, [*blocks, MLFLOW]).steps_per_s == 0.0
+    assert sample_of(1.0, [MLFLOW, block(0, 10, 3.0)]).steps_per_s == 0.0
+
+
+def test_the_rate_of_a_trial_is_that_of_its_fastest_long_block() -> None:
+    # The first block traces; the one of 2 steps is too short to say anything.
+    blocks = [(1, 5.0), (16, 4.0), (2, 0.01), (20, 2.0)]
+    records = [{**block(0, n, 0.0), "wall_s": wall_s} for n, wall_s in blocks]
+    assert fastest_rate(records) == 10.0
+    assert fastest_rate(records[:1]) == 0.0
+
+
+def test_the_stall_of_a_run_is_the_median_of_its_checkpoints() -> None:
+    saved = [{"kind": "Saved", "stall_s": stall} for stall in (0.1, 0.5, 0.2)]
+    assert sample_of(1.0, [block(0, 10, 3.0), *saved]).stall_s == 0.2
 
 
 def test_arguments_are_read() -> None:
@@ -96,17 +161,28 @@ def test_fresh_forgets_this_commit_only(tmp_path: Path) -> None:
 
 
 def test_pairs_that_two_rows_share_are_estimated_once(tmp_path: Path) -> None:
-    state = State(tmp_path / "state.json", "one")
+    bench = Bench(5, None, State(tmp_path / "state.json", "one"), tmp_path)
     by_name = {row.name: row for row in rows()}
     rate, start = by_name["mnist-train"], by_name["mnist-train-start"]
     assert rate.pair == start.pair
-    both = estimate_s([rate, start], Options(), state)
-    assert both == estimate_s([rate], Options(), state) > 0
+    assert bench.estimate_s([rate, start], []) == bench.estimate_s([rate], []) > 0
+
+
+def test_all_rows_with_five_pairs_are_estimated_below_an_hour_and_a_half(tmp_path: Path) -> None:
+    bench = Bench(5, None, State(tmp_path / "state.json", "one"), tmp_path)
+    assert 0 < bench.estimate_s(rows(), COMMANDS) <= 90 * 60
+
+
+def test_what_is_there_already_is_not_estimated(tmp_path: Path) -> None:
+    [finish] = [command for command in COMMANDS if command.name == "finish"]
+    state = State(tmp_path / "state.json", "one")
+    state.add(finish.key, [9.0, 4.0])
+    assert Bench(1, None, state, tmp_path).estimate_s([], [finish]) == 0
 
 
 def test_rows_of_other_days_stay_in_the_table() -> None:
-    old = ratio_line("gan-graph", "gan", "≥ 0.98", [1.0], [1.0], "2020-01-01 abc")
-    new = ratio_line("mnist-graph", "mnist", "≥ 0.98", [2.0], [1.0], "2020-01-02 def")
+    old = ratio_line("gan-graph", "gan", "≥ 0.98", [1.0], [1.0], unit="s", when="2020-01-01 abc")
+    new = ratio_line("mnist-graph", "m", "≥ 0.98", [2.0], [1.0], unit="s", when="2020-01-02 def")
     again = seconds_line("help", "`--help`", "< 1", [0.1], "2020-01-02 def")
     text = tables({"gan-graph": old}, ["mnist-graph", "gan-graph"], ["help"], "machine")
     lines = kept_lines(text) | {"mnist-graph": new, "help": again}
@@ -128,3 +204,19 @@ def test_parameter_groups_keep_their_own_learning_rates() -> None:
         "generator": {"learning_rate": 0.001},
         "discriminator": {"learning_rate": 0.001},
     }
+
+
+def test_a_comparator_has_the_same_schedule_and_clipping() -> None:
+    spec = make_spec("code_lm", (), 4, 2.0)
+    # 60,000 windows, 32 a step: 1,875 steps of which 100 warm up, and the cosine ends at zero.
+    assert spec.cosine == (100, 1_875, 0.0)
+    assert spec.arguments["global_clipnorm"] == 1.0
+    assert Spec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    "override", ["train.micro_batches=2", "optimizer.ema_decay=0.9", "optimizer.clip_value=1"]
+)
+def test_a_job_whose_work_the_comparators_do_not_do_is_refused(override: str) -> None:
+    with pytest.raises(SystemExit, match="which the comparators do not"):
+        make_spec("mnist", (override,), 4, 2.0)
