@@ -23,12 +23,13 @@ from orchestrator.spec.schema import (
     ScheduleConfig,
     ScheduleName,
 )
+from orchestrator.train import fused
 from orchestrator.train.averages import Averages
 from orchestrator.train.loss_scale import LossScale
 
 _CLASSES = {
-    OptimizerName.adam: keras.optimizers.Adam,
-    OptimizerName.adamw: keras.optimizers.AdamW,
+    OptimizerName.adam: fused.Adam,
+    OptimizerName.adamw: fused.AdamW,
     OptimizerName.sgd: keras.optimizers.SGD,
     OptimizerName.rmsprop: keras.optimizers.RMSprop,
     OptimizerName.lion: keras.optimizers.Lion,
@@ -150,7 +151,7 @@ class Optimizers:
             if optimizer.weight_decay is not None or any(v.constraint for v in group):
                 direct += group
             before = [tf.identity(variable.value) for variable in direct]
-            with _choosing(optimizer, applied):
+            with _choosing(optimizer, applied), fused.unfused(optimizer):
                 optimizer.apply(gradients[name], group)
             for variable, value in zip(direct, before, strict=True):
                 variable.value.assign(tf.where(applied, variable.value, value))
