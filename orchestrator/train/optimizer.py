@@ -26,12 +26,19 @@ from orchestrator.spec.schema import (
 from orchestrator.train.averages import Averages
 from orchestrator.train.loss_scale import LossScale
 
-_CLASSES = {
+KERAS_CLASSES = {
     OptimizerName.adam: keras.optimizers.Adam,
     OptimizerName.adamw: keras.optimizers.AdamW,
     OptimizerName.sgd: keras.optimizers.SGD,
     OptimizerName.rmsprop: keras.optimizers.RMSprop,
     OptimizerName.lion: keras.optimizers.Lion,
+    OptimizerName.nadam: keras.optimizers.Nadam,
+    OptimizerName.adamax: keras.optimizers.Adamax,
+    OptimizerName.adagrad: keras.optimizers.Adagrad,
+    OptimizerName.adadelta: keras.optimizers.Adadelta,
+    OptimizerName.ftrl: keras.optimizers.Ftrl,
+    OptimizerName.lamb: keras.optimizers.Lamb,
+    OptimizerName.muon: keras.optimizers.Muon,
 }
 
 
@@ -170,7 +177,7 @@ class Optimizers:
         self._rates[group] = rate
         if not rate.is_constant:
             arguments["learning_rate"] = rate
-        return _CLASSES[config.name](**arguments)
+        return KERAS_CLASSES[config.name](**arguments)
 
 
 @contextlib.contextmanager

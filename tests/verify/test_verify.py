@@ -15,11 +15,12 @@ import pytest
 from orchestrator.control.launcher import Zygote, start_zygote
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.spec.config import load_config
+from orchestrator.spec.schema import OptimizerName
 from orchestrator.verify import verify, verify_with
 
 ROOT = Path(__file__).parents[2]
 MINE = Path(__file__).parent / "mine"
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "lion")
+OPTIMIZERS = [name.value for name in OptimizerName if name.is_proven]
 
 
 @pytest.fixture(scope="module")
