@@ -19,7 +19,6 @@ from orchestrator.spec.schema import (
     OptimizerConfig,
     OptimizerGroup,
     OptimizerName,
-    Precision,
     ScheduleConfig,
     ScheduleName,
 )
@@ -117,8 +116,8 @@ class Optimizers:
             optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
             self._optimizers[name] = optimizer
         self.loss_scale: LossScale | None = None
-        if config.precision.policy is Precision.mixed_float16:
-            self.loss_scale = LossScale(config.precision.initial_loss_scale)
+        if plan.loss_scale is not None:
+            self.loss_scale = LossScale(plan.loss_scale)
         self.averages: Averages | None = None
         if config.optimizer.ema_decay is not None:
             every = [variable for group in self.groups.values() for variable in group]

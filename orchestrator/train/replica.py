@@ -10,6 +10,7 @@ in which the scale s / G only keeps the numbers in range: 1/G, times the loss sc
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,23 @@ class Replicas:
             sums += part
             start += size
         state = [(self._moving[index], value) for index, value in moved.items()]
-        return Share(gradients, state, sums, layout)
+        return Share(self._overflown(shard, step, gradients), state, sums, layout)
+
+    def _overflown(self, shard: Shard, step: Any, gradients: list[Any]) -> list[Any]:
+        """Make the last replica's first gradient infinite in `plan.overflow_step`."""
+        config = self._plan.config.train
+        if self._plan.overflow_step is None:
+            return gradients
+        if shard.offset + shard.size < config.global_batch_size:
+            return gradients
+        first, *others = gradients
+        extra = tf.where(step + 1 == self._plan.overflow_step, math.inf, 0.0)
+        extra = tf.cast(extra, first.dtype)
+        if isinstance(first, tf.IndexedSlices):
+            first = tf.IndexedSlices(first.values + extra, first.indices, first.dense_shape)
+        else:
+            first += extra
+        return [first, *others]
 
     def all_dense(self, local: int, gradients: Sequence[Any]) -> tuple[list[Any], list[bool]]:
         """Make sparse gradients dense; large ones are first brought together from all replicas.

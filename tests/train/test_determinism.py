@@ -1,4 +1,4 @@
-"""With `train.deterministic` a run gives the same bits again, also when it is stopped and resumed."""
+"""With `train.deterministic` a run gives the same bits again, also when it was stopped."""
 
 from __future__ import annotations
 
