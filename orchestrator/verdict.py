@@ -118,7 +118,11 @@ def judge(
     norm = _series(reference.norm, other.norm, comparison)
     measure = "relative" if comparison.relative else "largest"
     variables = {
-        step: {key: e[measure] for key, e in found.items() if not _is_still(key, still)}
+        step: {
+            key: e[measure]
+            for key, e in found.items()
+            if not _is_still(key, still) and not (comparison.loss_scale and _is_scale(key))
+        }
         for step, found in differences.items()
     }
     other_examples = [
@@ -154,6 +158,11 @@ def still_variables(movements: Mapping[str, float]) -> frozenset[str]:
     """Return the variables that training does not move, but for rounding."""
     most = max(movements.values(), default=0.0)
     return frozenset(key for key, moved in movements.items() if moved < _STILL * most)
+
+
+def _is_scale(key: str) -> bool:
+    """Tell whether a key is the loss scale's own state."""
+    return key.startswith("loss_scale/")
 
 
 def _is_still(key: str, still: frozenset[str]) -> bool:

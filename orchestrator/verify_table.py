@@ -55,7 +55,9 @@ def substitutions(
     if config.schedule.name is not ScheduleName.constant or config.schedule.warmup_steps:
         lines.append(f"schedule {config.schedule.name.value} -> constant, without warm-up")
     if config.precision.policy not in (Precision.float32, Precision.float64):
-        lines.append(f"precision {config.precision.policy.value} -> float64 and float32")
+        scale = ", with a loss scale in a comparison of its own"
+        scale = scale if any(comparison.loss_scale for comparison in comparisons) else ""
+        lines.append(f"precision {config.precision.policy.value} -> float64 and float32{scale}")
     lines.append("no evaluation, no export, no record in MLflow")
     return [*lines, *_in_model(config, changed)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -117,3 +118,11 @@ def test_a_variable_without_gradient_is_left_out_with_its_slots() -> None:
     differences = {4: {WEIGHT: off(0.0), BIAS: off(1.0), MOMENTUM: off(1.0)}}
     assert judge(comparison(relative=True), ONE, ONE, differences, still).agrees
     assert not judge(comparison(relative=True), ONE, ONE, differences).agrees
+
+
+def test_the_loss_scale_itself_is_left_out_where_the_reference_has_another() -> None:
+    differences = {4: same(4)[4] | {"loss_scale/0:loss_scale": off(1.0)}}
+    scaled = dataclasses.replace(comparison(), loss_scale=1024.0)
+    assert judge(scaled, ONE, ONE, differences).agrees
+    assert not judge(comparison(), ONE, ONE, differences).agrees
+    assert not judge(scaled, ONE, ONE, {4: same(4)[4] | {BIAS: off(1.0)}}).agrees

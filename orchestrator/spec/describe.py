@@ -27,6 +27,7 @@ def headline(plan: RunPlan) -> list[str]:
         f"{_workers(plan)}",
         f"{_batch(plan)}; {_steps(plan)}",
         f"run folder {plan.paths.root}",
+        *_unproven(plan),
     ]
 
 
@@ -217,8 +218,19 @@ def _export(plan: RunPlan) -> str:
     return f"SavedModel{which}{average}, proven in a clean process{name}"
 
 
+def _unproven(plan: RunPlan) -> list[str]:
+    """Return what no test of this project has proven, and how to prove it."""
+    name = plan.config.optimizer.name
+    if name.is_proven:
+        return []
+    return [
+        f"optimizer {name.value}: not proven by this project's tests; "
+        f"make verify conf={plan.config.job.name} with the same args proves it for this job"
+    ]
+
+
 def _hints(plan: RunPlan) -> list[str]:
-    hints = []
+    hints = _unproven(plan)
     strategy = plan.config.strategy
     if strategy.name is StrategyName.multi_worker and plan.num_workers == 1:
         hints.append("multi_worker with one worker does what strategy=mirrored does with less")

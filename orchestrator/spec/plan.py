@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.errors import PlanError
 from orchestrator.spec.paths import RunPaths
-from orchestrator.spec.schema import ClusterName, RunConfig, StrategyName, Weights
+from orchestrator.spec.schema import ClusterName, Precision, RunConfig, StrategyName, Weights
 from orchestrator.spec.validate_train import parse_profile_steps
 
 
@@ -50,6 +50,9 @@ class RunPlan:
         artifact_root: where a local SQLite store keeps artifacts; None for a server, which decides.
         verifying: the run is compared with others: what draws other numbers on each replica is
             switched off in the model. Only `verify` sets it.
+        loss_scale: what the loss is multiplied by at first, with float16; None without.
+        overflow_step: the step, counted from 1, in which the last replica's gradient is made
+            infinite; None for none. Only `verify` sets it.
     """
 
     config: RunConfig
@@ -72,6 +75,8 @@ class RunPlan:
     init_from: str | None
     profile_steps: tuple[int, int] | None
     verifying: bool = False
+    loss_scale: float | None = None
+    overflow_step: int | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -153,6 +158,7 @@ def make_plan(config: RunConfig, *, run: str, host: Host, cwd: Path) -> RunPlan:
         data_path=None if config.data.path is None else str((cwd / config.data.path).resolve()),
         init_from=config.train.init_from,
         profile_steps=_profile_steps(config, total_steps),
+        loss_scale=_loss_scale(config),
     )
 
 
@@ -188,6 +194,13 @@ def _devices(config: RunConfig, host: Host) -> tuple[int, str]:
             + (f" and strategy.num_workers to at most {host.num_gpus}" if most == 0 else "")
         )
     return count, "GPU"
+
+
+def _loss_scale(config: RunConfig) -> float | None:
+    """Return what the loss is multiplied by at first: float16 alone needs it."""
+    precision = config.precision
+    is_half = precision.policy is Precision.mixed_float16
+    return precision.initial_loss_scale if is_half else None
 
 
 def _cpus_per_worker(config: RunConfig, host: Host) -> int:

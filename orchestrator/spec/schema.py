@@ -35,6 +35,18 @@ class OptimizerName(Enum):
     sgd = "sgd"
     rmsprop = "rmsprop"
     lion = "lion"
+    nadam = "nadam"
+    adamax = "adamax"
+    adagrad = "adagrad"
+    adadelta = "adadelta"
+    ftrl = "ftrl"
+    lamb = "lamb"
+    muon = "muon"
+
+    @property
+    def is_proven(self) -> bool:
+        """Tell whether this project's tests prove it under every strategy."""
+        return self.value in ("adam", "adamw", "sgd", "rmsprop", "lion")
 
 
 class ScheduleName(Enum):

@@ -27,14 +27,21 @@ _RUN_NAME = re.compile(r"[\w][\w.\-]*")
 _PORTS = re.compile(r"(\d+)-(\d+)")
 _ADAM = {"weight_decay", "beta_1", "beta_2", "epsilon"}
 # What Keras 3.15's constructors take, besides the learning rate.
-_ACCEPTED = {
+ACCEPTED = {
     OptimizerName.adam: _ADAM,
     OptimizerName.adamw: _ADAM,
     OptimizerName.sgd: {"weight_decay", "momentum", "nesterov"},
     OptimizerName.rmsprop: {"weight_decay", "rho", "momentum", "epsilon"},
     OptimizerName.lion: {"weight_decay", "beta_1", "beta_2"},
+    OptimizerName.nadam: _ADAM,
+    OptimizerName.adamax: _ADAM,
+    OptimizerName.adagrad: {"weight_decay", "epsilon"},
+    OptimizerName.adadelta: {"weight_decay", "rho", "epsilon"},
+    OptimizerName.ftrl: {"weight_decay"},
+    OptimizerName.lamb: _ADAM,
+    OptimizerName.muon: {"weight_decay", "epsilon", "momentum", "nesterov"},
 }
-_ARGUMENTS = ("weight_decay", "beta_1", "beta_2", "epsilon", "momentum", "nesterov", "rho")
+ARGUMENTS = ("weight_decay", "beta_1", "beta_2", "epsilon", "momentum", "nesterov", "rho")
 
 
 def validate(config: RunConfig) -> None:
@@ -183,9 +190,9 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
     optimizer: OptimizerConfig = config.optimizer
     sections: list[tuple[str, OptimizerGroup]] = [("optimizer", optimizer)]
     sections += [(f"optimizer.groups.{name}", group) for name, group in optimizer.groups.items()]
-    accepted = _ACCEPTED[optimizer.name]
+    accepted = ACCEPTED[optimizer.name]
     for section, group in sections:
-        for argument in _ARGUMENTS:
+        for argument in ARGUMENTS:
             if getattr(group, argument) is not None and argument not in accepted:
                 yield (
                     f"{section}.{argument}={getattr(group, argument)}: {optimizer.name.value} has "

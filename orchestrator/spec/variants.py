@@ -15,6 +15,12 @@ they stay. eps = 1.2e-7; `OWN_LIMIT` = 1e-5 of the norm of a variable is 17 eps 
 What has no gradient at all in exact arithmetic, such as a bias in front of a normalisation, is
 noise only and is left out; where BatchNorm would carry such noise further this comparison is in
 float64 too, with the limit of the first.
+
+*scaled*, for a job in mixed_float16: as own, but the runs that are compared have the job's loss
+scale and their reference has the scale 1, and in step 2 the gradient of the last replica alone is
+made infinite. A power of two changes no digit of a float32 number, so nothing may come of the
+scale, of its halving, or of the step that is left out; the limits are those of own. In float16
+itself the runs would differ by eps = 1e-3 a step, which hides more than it shows.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.plan import Host, RunPlan, make_plan, split_evenly
 from orchestrator.spec.schema import (
     Compile,
+    OnNan,
     OptimizerConfig,
     OptimizerName,
     Precision,
@@ -42,6 +49,7 @@ OWN_LIMIT = 1e-5
 _RATE = 0.01  # of SGD: moves every weight, and keeps most models far from diverging
 _CHECKPOINTS = 10  # of the exact comparison; between two of them steps are made again if needed
 _MICRO_BATCHES = 4
+_OVERFLOW_STEP = 2  # neither the first nor the last: what was applied shows in the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +57,7 @@ class Comparison:
     """How all runs of a comparison compute.
 
     Attributes:
-        name: "exact" or "own"; names a folder.
+        name: "exact", "own" or "scaled"; names a folder.
         optimizer: of every run; its clipping is the variant's where the variant has one.
         precision: of every run.
         steps: of every run.
@@ -57,6 +65,7 @@ class Comparison:
         limit: the largest difference that counts as equal.
         relative: `limit` is a share of the norm of a variable, or of a loss; else of the larger of
             1 and the largest element.
+        loss_scale: of the runs that are compared with a reference, whose own is 1; or None.
     """
 
     name: str
@@ -66,13 +75,18 @@ class Comparison:
     every_steps: int
     limit: float
     relative: bool
+    loss_scale: float | None = None
 
     @property
     def title(self) -> str:
         """What the runs have in common, in words."""
         name, precision = self.optimizer.name.value, self.precision.value
         share = "of the norm" if self.relative else "of an element"
-        return f"{name} in {precision}, {self.steps} steps, at most {self.limit:.0e} {share}"
+        scale = ""
+        if self.loss_scale is not None:
+            scale = f" with loss scale {self.loss_scale:g} against 1, overflow in step "
+            scale += str(_OVERFLOW_STEP)
+        return f"{name} in {precision}{scale}, {self.steps} steps, at most {self.limit:.0e} {share}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +161,15 @@ def make_comparisons(config: RunConfig, *, has_batch_norm: bool) -> list[Compari
     # Lion steps by the sign alone: of rounding noise as far as of a gradient, in any precision.
     if has_batch_norm and config.optimizer.name is OptimizerName.lion:
         return [exact]
-    return [exact, own]
+    if config.precision.policy is not Precision.mixed_float16:
+        return [exact, own]
+    scaled = dataclasses.replace(
+        own,
+        name="scaled",
+        steps=max(own.steps, _OVERFLOW_STEP + 1),
+        loss_scale=max(2.0, config.precision.initial_loss_scale),
+    )
+    return [exact, own, scaled]
 
 
 def make_variants(config: RunConfig, *, num_gpus: int, has_batch_norm: bool) -> list[Variant]:
@@ -242,6 +264,13 @@ def variant_plan(
     config.checkpoint.every_steps, config.checkpoint.every_s = comparison.every_steps, None
     config.checkpoint.keep = comparison.steps
     config.export.enabled = False
+    if comparison.loss_scale is not None:
+        train.on_nan = OnNan.skip  # of the reference, for which the overflow is no overflow
     plan = make_plan(config, run=folder.name, host=host, cwd=cwd)
     paths = RunPaths(folder / f"{comparison.name}-{variant.name}")
-    return dataclasses.replace(plan, paths=paths, verifying=True)
+    plan = dataclasses.replace(plan, paths=paths, verifying=True)
+    if comparison.loss_scale is None:
+        return plan
+    is_reference = variant.name == variant.reference
+    scale = 1.0 if is_reference else comparison.loss_scale
+    return dataclasses.replace(plan, loss_scale=scale, overflow_step=_OVERFLOW_STEP)

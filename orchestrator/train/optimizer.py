@@ -19,7 +19,6 @@ from orchestrator.spec.schema import (
     OptimizerConfig,
     OptimizerGroup,
     OptimizerName,
-    Precision,
     ScheduleConfig,
     ScheduleName,
 )
@@ -27,12 +26,19 @@ from orchestrator.train import fused
 from orchestrator.train.averages import Averages
 from orchestrator.train.loss_scale import LossScale
 
-_CLASSES = {
+KERAS_CLASSES = {
     OptimizerName.adam: fused.Adam,
     OptimizerName.adamw: fused.AdamW,
     OptimizerName.sgd: keras.optimizers.SGD,
     OptimizerName.rmsprop: keras.optimizers.RMSprop,
     OptimizerName.lion: keras.optimizers.Lion,
+    OptimizerName.nadam: keras.optimizers.Nadam,
+    OptimizerName.adamax: keras.optimizers.Adamax,
+    OptimizerName.adagrad: keras.optimizers.Adagrad,
+    OptimizerName.adadelta: keras.optimizers.Adadelta,
+    OptimizerName.ftrl: keras.optimizers.Ftrl,
+    OptimizerName.lamb: keras.optimizers.Lamb,
+    OptimizerName.muon: keras.optimizers.Muon,
 }
 
 
@@ -111,8 +117,8 @@ class Optimizers:
             optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
             self._optimizers[name] = optimizer
         self.loss_scale: LossScale | None = None
-        if config.precision.policy is Precision.mixed_float16:
-            self.loss_scale = LossScale(config.precision.initial_loss_scale)
+        if plan.loss_scale is not None:
+            self.loss_scale = LossScale(plan.loss_scale)
         self.averages: Averages | None = None
         if config.optimizer.ema_decay is not None:
             every = [variable for group in self.groups.values() for variable in group]
@@ -171,7 +177,7 @@ class Optimizers:
         self._rates[group] = rate
         if not rate.is_constant:
             arguments["learning_rate"] = rate
-        return _CLASSES[config.name](**arguments)
+        return KERAS_CLASSES[config.name](**arguments)
 
 
 @contextlib.contextmanager

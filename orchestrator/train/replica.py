@@ -10,6 +10,7 @@ in which the scale s / G only keeps the numbers in range: 1/G, times the loss sc
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,13 +123,30 @@ class Replicas:
             start += size
             is_unweighted = is_unweighted and outcome.weight is None
         state = [(self._moving[index], value) for index, value in moved.items()]
-        return Share(gradients, state, sums, layout, is_unweighted)
+        return Share(self._overflown(shard, step, gradients), state, sums, layout, is_unweighted)
 
-    def all_dense(self, local: int, gradients: Sequence[Any]) -> tuple[list[Any], list[bool]]:
+    def _overflown(self, shard: Shard, step: Any, gradients: list[Any]) -> list[Any]:
+        """Make the last replica's first gradient infinite in `plan.overflow_step`."""
+        config = self._plan.config.train
+        if self._plan.overflow_step is None:
+            return gradients
+        if shard.offset + shard.size < config.global_batch_size:
+            return gradients
+        first, *others = gradients
+        extra = tf.where(step + 1 == self._plan.overflow_step, math.inf, 0.0)
+        extra = tf.cast(extra, first.dtype)
+        if isinstance(first, tf.IndexedSlices):
+            first = tf.IndexedSlices(first.values + extra, first.indices, first.dense_shape)
+        else:
+            first += extra
+        return [first, *others]
+
+    def all_dense(self, gradients: Sequence[Any]) -> tuple[list[Any], list[bool]]:
         """Make sparse gradients dense; large ones are first brought together from all replicas.
 
         Dense gradients make the update equal to that of one device (Keras's own update from
-        slices is a lazy Adam). Of a large embedding only the rows that were used are sent.
+        slices is a lazy Adam). Of a large embedding only the rows that were used are sent, if the
+        replicas divide the global batch.
 
         Returns:
             The dense gradients, and for each whether it is added up over the replicas already.
@@ -136,7 +154,7 @@ class Replicas:
         dense, reduced = [], []
         context = tf.distribute.get_replica_context()
         for gradient in gradients:
-            gather = isinstance(gradient, tf.IndexedSlices) and self._is_worth_it(local, gradient)
+            gather = isinstance(gradient, tf.IndexedSlices) and self._is_worth_it(gradient)
             if gather:
                 values = context.all_gather(gradient.values, axis=0)
                 indices = context.all_gather(gradient.indices, axis=0)
@@ -145,15 +163,18 @@ class Replicas:
             reduced.append(gather)
         return dense, reduced
 
-    def _is_worth_it(self, local: int, slices: tf.IndexedSlices) -> bool:
+    def _is_worth_it(self, slices: tf.IndexedSlices) -> bool:
         """Compare what either way sends; every replica must answer alike."""
         rows = slices.values.shape[0]
         shape = tf.get_static_value(slices.dense_shape)
         if self._plan.num_replicas == 1 or rows is None or shape is None:
             return False
-        # From the global batch, because the batches of replicas may differ by an example.
-        all_rows = rows * self._plan.config.train.global_batch_size // self._shards[local].size
+        # Where batches differ by an example replicas may have other numbers of rows, and one that
+        # answered otherwise would wait for ever.
+        if len(set(self._plan.replica_batch_sizes)) > 1:
+            return False
         num_bytes = int(shape.prod()) * slices.dtype.size
+        all_rows = rows * self._plan.num_replicas
         return num_bytes >= _SPARSE_FROM_BYTES and 2 * all_rows < int(shape[0])
 
     def _checked(self, grouped: Gradients) -> list[Any]:

@@ -220,7 +220,7 @@ class TrainStep:
         self._moving = [variable for variable, _ in share.moved]
         self._is_unweighted = share.is_unweighted
         num_replicas = self._plan.num_replicas
-        gradients, are_reduced = self._replicas.all_dense(local, share.gradients)
+        gradients, are_reduced = self._replicas.all_dense(share.gradients)
         values = [*gradients, *(value / num_replicas for _, value in share.moved), share.sums]
         if num_replicas > 1:
             are_reduced += [False] * (len(values) - len(gradients))

@@ -79,6 +79,33 @@ def test_lion_is_not_compared_where_rounding_noise_is_all_there_is() -> None:
     assert len(make_comparisons(config, has_batch_norm=False)) == 2
 
 
+def test_float16_is_compared_by_its_loss_scale_with_the_scale_one(tmp_path: Path) -> None:
+    config = tiny_config(
+        precision__policy=Precision.mixed_float16,
+        precision__initial_loss_scale=1024.0,
+        verify__own_steps=1,
+    )
+    *_, own, scaled = make_comparisons(config, has_batch_norm=False)
+    assert (scaled.name, scaled.limit, scaled.precision) == ("scaled", own.limit, own.precision)
+    assert scaled.steps == 3  # the one after the overflow is seen too
+    host = Host(num_cpus=2, num_gpus=0)
+    for comparison, expected in (
+        (own, {None}),
+        (scaled, {("one_device", 1.0), ("one_device_clipped", 1.0), ("uneven", 1024.0)}),
+    ):
+        plans = {
+            variant.name: variant_plan(
+                config, comparison, variant, clip=1.0, host=host, cwd=tmp_path, folder=tmp_path
+            )
+            for variant in make_variants(config, num_gpus=0, has_batch_norm=False)
+            if variant.name in ("one_device", "one_device_clipped", "uneven")
+        }
+        found = {(n, p.loss_scale) if p.loss_scale else None for n, p in plans.items()}
+        assert found == expected
+        assert {p.overflow_step for p in plans.values()} == {2 if comparison is scaled else None}
+    assert len(make_comparisons(tiny_config(), has_batch_norm=False)) == 2
+
+
 def test_only_what_is_asked_for_is_compared_and_its_reference() -> None:
     config = tiny_config(verify__variants=[VariantName.mirrored])
     names = [v.name for v in make_variants(config, num_gpus=0, has_batch_norm=False)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from orchestrator.errors import JobError
 from orchestrator.spec.schema import OptimizerGroup, OptimizerName, ScheduleConfig, ScheduleName
-from orchestrator.train.optimizer import LearningRate, Optimizers
+from orchestrator.spec.validate import ACCEPTED, ARGUMENTS
+from orchestrator.train.optimizer import KERAS_CLASSES, LearningRate, Optimizers
 from tests.plans import tiny_plan
 
 
@@ -76,3 +79,41 @@ def test_a_variable_in_two_groups_is_refused(tmp_path: Path) -> None:
     shared = keras.Variable([1.0], name="shared")
     with pytest.raises(JobError, match=r"shared is in the parameter groups 'a' and 'b'"):
         Optimizers(tiny_plan(tmp_path), {"a": [shared], "b": [shared]})
+
+
+@pytest.mark.parametrize("name", list(OptimizerName), ids=lambda name: name.value)
+def test_what_an_optimizer_accepts_is_what_keras_takes(name: OptimizerName) -> None:
+    taken = inspect.signature(KERAS_CLASSES[name].__init__).parameters
+    assert ACCEPTED[name] == {argument for argument in ARGUMENTS if argument in taken}
+
+
+@pytest.mark.parametrize("name", list(OptimizerName), ids=lambda name: name.value)
+def test_an_update_that_is_not_applied_leaves_everything(
+    name: OptimizerName, tmp_path: Path
+) -> None:
+    plan = tiny_plan(tmp_path, optimizer__name=name, optimizer__weight_decay=0.01)
+
+    def made() -> tuple[Optimizers, list[keras.Variable]]:
+        variables = [
+            keras.Variable(np.eye(3, 4, dtype="float32")),
+            keras.Variable(np.ones(4, "float32")),
+        ]
+        optimizers = Optimizers(plan, {"all": variables})
+        state = [v for section in optimizers.variables.values() for v in section]
+        return optimizers, [*variables, *state]
+
+    def values(variables: list[keras.Variable]) -> list[np.ndarray]:
+        return [np.asarray(variable.value).copy() for variable in variables]
+
+    plain, plain_state = made()
+    chosen, chosen_state = made()
+    for step in range(3):
+        gradients = [tf.random.stateless_normal(shape, [step, 1]) for shape in ((3, 4), (4,))]
+        plain.apply({"all": gradients})
+        chosen.apply_if(tf.constant(True), {"all": gradients})
+        before = values(chosen_state)
+        chosen.apply_if(tf.constant(False), {"all": [g * np.nan for g in gradients]})
+        for old, new in zip(before, values(chosen_state), strict=True):
+            np.testing.assert_array_equal(old, new)
+    for left, right in zip(values(plain_state), values(chosen_state), strict=True):
+        np.testing.assert_array_equal(left, right)

@@ -15,11 +15,12 @@ import pytest
 from orchestrator.control.launcher import Zygote, start_zygote
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.spec.config import load_config
+from orchestrator.spec.schema import OptimizerName
 from orchestrator.verify import verify, verify_with
 
 ROOT = Path(__file__).parents[2]
 MINE = Path(__file__).parent / "mine"
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "lion")
+OPTIMIZERS = [name.value for name in OptimizerName if name.is_proven]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ class Said:
 
 
 Verify = Callable[..., Said]
+HALF = ("precision.policy=mixed_float16", "precision.initial_loss_scale=1024", "verify.steps=2")
 
 
 @pytest.fixture
@@ -111,6 +113,25 @@ def test_a_planted_fault_is_found_with_its_step_and_a_variable(
     assert said.code is ExitCode.DIFFERENCE, said.out
     assert f"first at step {step}: {what}" in said.out
     assert re.search(r"after step 1 the variable model/\d:\S+/(kernel|bias) is \S+ off", said.out)
+
+
+def test_a_job_in_float16_is_proven_with_its_loss_scale(run: Verify) -> None:
+    said = run("small", *HALF, "verify.variants=[uneven]")
+    assert said.code is ExitCode.DONE, said.out
+    title = "adam in float32 with loss scale 1024 against 1, overflow in step 2, 3 steps"
+    assert f"scaled: {title}" in said.out and f"\n{title}" in said.out
+    assert len(said.rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "step"),
+    [("never_unscaled", 1), ("first_scale_stays", 3), ("decided_by_the_first_replica", 2)],
+)
+def test_a_wrong_loss_scale_is_found(run: Verify, fault: str, step: int) -> None:
+    said = run("small", f"job.args.fault={fault}", *HALF, "verify.variants=[mirrored]")
+    assert said.code is ExitCode.DIFFERENCE, said.out
+    assert [row.split()[-2] for row in said.rows] == ["proven", "proven", "DIFFERS"]
+    assert f"scaled, 2 replicas: 8+8: first at step {step}: " in said.out
 
 
 def test_dropout_that_stays_on_is_found(run: Verify) -> None:

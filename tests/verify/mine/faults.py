@@ -92,6 +92,49 @@ def tape_is_blind():
     Replicas.share = blind_share
 
 
+def never_unscaled():
+    """Leave the loss scale in the gradient."""
+    from orchestrator.train.step import TrainStep
+
+    factor = TrainStep._factor
+
+    def scaled_factor(self, sums):
+        scale = self._optimizers.loss_scale
+        made = factor(self, sums)
+        return made if scale is None else made * tf.cast(scale.value, made.dtype)
+
+    TrainStep._factor = scaled_factor
+
+
+def first_scale_stays():
+    """Divide by the loss scale that training began with."""
+    from orchestrator.train.step import TrainStep
+
+    factor = TrainStep._factor
+
+    def stale_factor(self, sums):
+        scale, first = self._optimizers.loss_scale, self._plan.loss_scale
+        made = factor(self, sums)
+        return made if scale is None else made * tf.cast(scale.value / first, made.dtype)
+
+    TrainStep._factor = stale_factor
+
+
+def decided_by_the_first_replica():
+    """Decide about an update as a replica does that looks at its own gradient, which is finite."""
+    from orchestrator.train.step import TrainStep
+
+    squares = TrainStep._squares
+
+    def local_squares(self, gradients, *, compiled):
+        reduced = squares(self, gradients, compiled=compiled)
+        if self._plan.num_replicas == 1:
+            return reduced
+        return tf.where(tf.math.is_finite(reduced), reduced, tf.ones_like(reduced))
+
+    TrainStep._squares = local_squares
+
+
 FAULTS = {
     fault.__name__: fault
     for fault in (
@@ -101,5 +144,8 @@ FAULTS = {
         replica_mean,
         dropout_stays,
         tape_is_blind,
+        never_unscaled,
+        first_scale_stays,
+        decided_by_the_first_replica,
     )
 }

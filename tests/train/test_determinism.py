@@ -1,0 +1,88 @@
+"""With `train.deterministic` a run gives the same bits again, also when it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from orchestrator.spec.schema import OptimizerName, Precision
+from orchestrator.train import store
+from orchestrator.train.checkpoint import Saver, named_variables, restore
+from tests.train.rig import Rig, make_rig
+from tests.train.tiny import Tiny
+
+STEPS = 20
+CHANGES: dict[str, Any] = {
+    "train__deterministic": True,
+    "train__steps": STEPS,
+    "optimizer__name": OptimizerName.adam,
+    "optimizer__learning_rate": 0.01,
+    "optimizer__ema_decay": 0.9,
+    "precision__policy": Precision.mixed_float16,
+    # The first steps overflow: the scale is state that a resumed run must have.
+    "precision__initial_loss_scale": 2.0**24,
+}
+
+
+@pytest.fixture(autouse=True)
+def deterministic_half() -> Iterator[None]:
+    """Compute as a worker with these settings does."""
+    from tensorflow.python.framework.config import disable_op_determinism
+
+    keras.config.set_dtype_policy("mixed_float16")
+    tf.config.experimental.enable_op_determinism()
+    yield
+    disable_op_determinism()
+    keras.config.set_dtype_policy("float32")
+
+
+def fresh(folder: Path, replicas: int) -> Rig:
+    return make_rig(folder, Tiny(normalise=True, dropout=0.3), replicas=replicas, **CHANGES)
+
+
+def digest(rig: Rig) -> str:
+    """Return the SHA-256 of every variable that there is, but for the seeds of layers."""
+    digests = hashlib.sha256()
+    for variable in named_variables(rig.model, rig.optimizers).values():
+        for local in rig.strategy.experimental_local_results(variable.value):
+            digests.update(np.asarray(tf.convert_to_tensor(local)).tobytes())
+    return digests.hexdigest()
+
+
+def saved(rig: Rig) -> Path:
+    """Save all state as a worker does; return the checkpoint."""
+    paths = rig.plan.paths
+    paths.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    variables = named_variables(rig.model, rig.optimizers)
+    saver = Saver(paths, 1, variables, keep=9, facts={}, announce=lambda *told, **more: None)
+    saver.save(rig.done)
+    saver.close()
+    return paths.checkpoints_dir / store.checkpoint_name(rig.done)
+
+
+@pytest.mark.parametrize(("replicas", "stops"), [(1, (1, 7, 13)), (2, (9,))])
+def test_neither_blocks_nor_stops_change_a_bit(
+    tmp_path: Path, replicas: int, stops: tuple[int, ...]
+) -> None:
+    whole = fresh(tmp_path, replicas).run(STEPS)
+    scales = whole.results[0].loss_scale
+    assert scales[0] > scales[-1] and whole.results[0].finite[-1]
+    assert digest(fresh(tmp_path, replicas).run(7, 7, 6)) == digest(whole)
+    rig = fresh(tmp_path, replicas)
+    for stop in stops:
+        # Blocks of one step up to every other stop.
+        steps = stop - rig.done
+        rig.run(*([1] * steps if stop % 2 else [steps]))
+        checkpoint = saved(rig)
+        rig = fresh(tmp_path, replicas)
+        assert digest(rig) != digest(whole)
+        rig.done = restore(checkpoint, named_variables(rig.model, rig.optimizers))
+    rig.run(STEPS - rig.done)
+    assert digest(rig) == digest(whole)
