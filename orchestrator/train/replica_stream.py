@@ -59,9 +59,7 @@ class ReplicaStream:
         self._batch = batch
         with tf.device("CPU:0"):
             self._iterator = iter(self._dataset.batch(batch, drop_remainder=True))
-        self._pull = tf.function(
-            self._pull_batches, input_signature=[tf.TensorSpec([], tf.int32)], autograph=False
-        )
+        self._pull: Any = None
 
     def read(self, num_steps: int) -> None:
         """Read on until so many steps lie ready, or the stream ends."""
@@ -163,6 +161,12 @@ class ReplicaStream:
 
     def _read_rows(self, num_batches: int) -> dict[str, np.ndarray]:
         """Return the features of the next batches, fewer at the stream's end: [rows, ...]."""
+        if self._pull is None:
+            function = tf.function(
+                self._pull_batches, input_signature=[tf.TensorSpec([], tf.int32)], autograph=False
+            )
+            # Concrete: TensorFlow 2.21 would take the functions of many replicas for retracing.
+            self._pull = function.get_concrete_function()
         count, arrays = self._pull(tf.constant(num_batches))
         rows = {}
         for key, array in arrays.items():
