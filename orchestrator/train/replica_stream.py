@@ -51,17 +51,21 @@ class ReplicaStream:
             for key, feature in features.items()
         }
         self._cannot_save = ""
+        self._dataset = dataset
+        self._begin(size)
+
+    def _begin(self, batch: int) -> None:
+        """Stand at the beginning; `batch` examples are read at once."""
+        self._batch = batch
         with tf.device("CPU:0"):
-            self._iterator = iter(dataset.batch(size, drop_remainder=True))
-        self._pull = tf.function(
-            self._pull_steps, input_signature=[tf.TensorSpec([], tf.int32)], autograph=False
-        )
+            self._iterator = iter(self._dataset.batch(batch, drop_remainder=True))
+        self._pull: Any = None
 
     def read(self, num_steps: int) -> None:
         """Read on until so many steps lie ready, or the stream ends."""
         missing = num_steps * self._size - len(self._ids)
         if missing > 0:
-            rows = self._read_rows(-(-missing // self._size))
+            rows = self._read_rows(-(-missing // self._batch))
             self._rows = {key: _joined(self._rows[key], rows[key]) for key in rows}
             self._ids = _joined(self._ids, example_ids(rows))
 
@@ -99,7 +103,11 @@ class ReplicaStream:
                 tf.train.Checkpoint(iterator=self._iterator).write(str(prefix))
             except (tf.errors.FailedPreconditionError, tf.errors.UnimplementedError) as error:
                 self._cannot_save = _told_by(error)
-        content: dict[str, Any] = {"used": self._used, "has_iterator": not self._cannot_save}
+        content: dict[str, Any] = {
+            "used": self._used,
+            "batch": self._batch,
+            "has_iterator": not self._cannot_save,
+        }
         if not self._cannot_save:
             content |= {f"{_ROWS}{key}": as_bytes(array) for key, array in self._rows.items()}
         np.savez(prefix.with_suffix(".npz"), **content)
@@ -118,6 +126,8 @@ class ReplicaStream:
             self._read_again(used, progress)
             return
         self._used = used
+        # TensorFlow keeps whole batches in the state, so they are read as they were.
+        self._begin(int(content["batch"]))
         try:
             tf.train.Checkpoint(iterator=self._iterator).read(str(prefix)).assert_consumed()
             for key, array in self._rows.items():
@@ -149,26 +159,32 @@ class ReplicaStream:
         self._ids = self._ids[count:]
         self._rows = {key: array[count:] for key, array in self._rows.items()}
 
-    def _read_rows(self, num_steps: int) -> dict[str, np.ndarray]:
-        """Return the features of the next steps, fewer at the stream's end: [rows, ...]."""
-        count, arrays = self._pull(tf.constant(num_steps))
+    def _read_rows(self, num_batches: int) -> dict[str, np.ndarray]:
+        """Return the features of the next batches, fewer at the stream's end: [rows, ...]."""
+        if self._pull is None:
+            function = tf.function(
+                self._pull_batches, input_signature=[tf.TensorSpec([], tf.int32)], autograph=False
+            )
+            # Concrete: TensorFlow 2.21 would take the functions of many replicas for retracing.
+            self._pull = function.get_concrete_function()
+        count, arrays = self._pull(tf.constant(num_batches))
         rows = {}
         for key, array in arrays.items():
-            steps = array.numpy()[: int(count)]
-            rows[key] = steps.reshape(-1, *_sizes(self._features[key]))
+            batches = array.numpy()[: int(count)]
+            rows[key] = batches.reshape(-1, *_sizes(self._features[key]))
         return rows
 
-    def _pull_steps(self, num_steps: Any) -> Any:
+    def _pull_batches(self, num_batches: Any) -> Any:
         """Take batches from the iterator, in graph: one call for a block, without Python's lock."""
         with tf.device("CPU:0"):
             arrays = {
                 key: tf.TensorArray(
-                    feature.dtype, num_steps, element_shape=[self._size, *_sizes(feature)]
+                    feature.dtype, num_batches, element_shape=[self._batch, *_sizes(feature)]
                 )
                 for key, feature in self._features.items()
             }
 
-            def one_step(i: Any, more: Any, arrays: Any) -> Any:
+            def one_batch(i: Any, more: Any, arrays: Any) -> Any:
                 batch = self._iterator.get_next_as_optional()
 
                 def write() -> Any:
@@ -178,8 +194,8 @@ class ReplicaStream:
                 return tf.cond(batch.has_value(), write, lambda: (i, False, arrays))
 
             count, _, arrays = tf.while_loop(
-                lambda i, more, arrays: (i < num_steps) & more,
-                one_step,
+                lambda i, more, arrays: (i < num_batches) & more,
+                one_batch,
                 (tf.constant(0), tf.constant(True), arrays),
             )
             return count, {key: array.stack() for key, array in arrays.items()}

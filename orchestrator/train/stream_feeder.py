@@ -166,7 +166,10 @@ class StreamFeeder:
             folder.mkdir(exist_ok=True)
             reasons = self._thread.submit(self._save, folder).result()
         except (OSError, tf.errors.OpError) as error:
-            raise StorageError(f"cannot save the streams of step {step}: {error}") from error
+            raise StorageError(
+                f"cannot save the streams of step {step}: {error}; every worker writes into the "
+                "checkpoint, so runs_dir must be a folder that all of them see"
+            ) from error
         if any(reasons) and not self._told:
             self._told = True
             self._tell(

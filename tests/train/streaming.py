@@ -38,6 +38,12 @@ def python(shard: int, num_shards: int, seed: int) -> Any:
     )
 
 
+def lopsided(shard: int, num_shards: int, seed: int) -> Any:
+    """The second replica has much to save, so its worker is the last to have written."""
+    examples = plain(shard, num_shards, seed)
+    return examples.shuffle(20_000, seed=seed) if shard else examples
+
+
 def lost(shard: int, num_shards: int, seed: int) -> Any:
     """The planted fault: every replica reads the first shard."""
     return plain(0, num_shards, seed)
@@ -46,6 +52,11 @@ def lost(shard: int, num_shards: int, seed: int) -> Any:
 def finite(shard: int, num_shards: int, seed: int) -> Any:
     """An end that is not known before it is reached: 100 examples for each replica."""
     return plain(shard, num_shards, seed).take(100).filter(lambda row: True)
+
+
+def empty(shard: int, num_shards: int, seed: int) -> Any:
+    """As a shard of fewer files than there are replicas."""
+    return plain(shard, num_shards, seed).take(100).filter(lambda row: False).repeat()
 
 
 class Streamed(Tiny):

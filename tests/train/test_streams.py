@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from orchestrator.spec.schema import StrategyName
 from orchestrator.train import store
 from orchestrator.train.checkpoint import read_model
 from orchestrator.train.data import ledger_hash
+from orchestrator.train.loading import load_source
+from orchestrator.train.sources import Split
 from orchestrator.train.stream_feeder import StreamFeeder
 from orchestrator.train.streams import StreamSource, example_ids
 from tests.plans import tiny_plan
@@ -149,6 +152,10 @@ def test_a_stream_continues_any_number_of_times_and_where_it_was_not_stopped(
         # What is saved does not disturb what goes on.
         rest = fed.take(step + 8, 32 - step).ids[0]
         np.testing.assert_array_equal(rest, whole[step + 8 :])
+    # Another batch size, as resume_allow permits: still the examples that follow, here the 41st on.
+    kept = tmp_path / "from-0" / store.checkpoint_name(8)
+    fed = feeder(tmp_path / "other", streaming.plain, [7], start_step=8, kept_dir=kept)
+    np.testing.assert_array_equal(fed.take(8, 20).ids[0].reshape(-1), whole.reshape(-1)[40:180])
 
 
 def test_a_lost_shard_changes_the_ledger(tmp_path: Path) -> None:
@@ -178,6 +185,17 @@ def test_a_stream_that_ends_in_the_middle_is_refused_with_the_step(tmp_path: Pat
     # 100 examples make 6 batches of 16: there is none for step 7.
     assert "the stream of replica 0 ended at step 7, after 96 examples" in failure.error
     assert "add .repeat()" in failure.error
+
+
+def test_a_stream_without_examples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="replica 0 gives no batch of 4 examples at all"):
+        feeder(tmp_path, streaming.empty, [4]).take(0, 1)
+
+
+def test_a_stream_to_verify_is_refused(tmp_path: Path) -> None:
+    plan = dataclasses.replace(tiny_plan(tmp_path), verifying=True)
+    with pytest.raises(JobError, match="verify compares runs of the same examples"):
+        load_source(streaming.Streamed(), plan, Split.TRAIN)
 
 
 def test_a_stream_to_evaluate_is_refused(tmp_path: Path) -> None:
@@ -292,7 +310,7 @@ def test_two_worker_processes_that_stop_and_resume_match_those_that_did_not(
             folder,
             **JOB,
             **QUICK,
-            job__args={"normalise": True, "dropout": 0.3},
+            job__args={"kind": "lopsided", "normalise": True, "dropout": 0.3},
             strategy__name=StrategyName.multi_worker,
             strategy__num_workers=2,
             code_dirs=[str(ROOT)],
