@@ -31,6 +31,9 @@ from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.replica import Replicas, local_replica, summed_over_replicas
 from orchestrator.train.sources import Source
 
+_FOLDED_ROWS = 16
+_ADDED_IN_TURN = 8_192
+
 
 class TrainStep:
     """The model's training, K steps at a time.
@@ -191,18 +194,10 @@ class TrainStep:
 
     def _squares(self, gradients: Sequence[Any], *, compiled: bool) -> Any:
         """Return the sum of squares of each array, [number of variables]."""
-        dtype = self._replicas.sum_dtype
-        squares = []
-        for gradient in gradients:
-            values = tf.cast(gradient, dtype)
-            if compiled and len(values.shape) > 1:
-                # XLA on CPUs adds all elements one by one; columns at a time it does in vectors.
-                # The abs keeps it from making one sum of two again.
-                columns = tf.reduce_sum(tf.square(tf.reshape(values, [-1, values.shape[-1]])), 0)
-                squares.append(tf.reduce_sum(tf.abs(columns)))
-            else:
-                squares.append(2 * tf.nn.l2_loss(values))
-        return tf.stack(squares)
+        arrays = [tf.cast(gradient, self._replicas.sum_dtype) for gradient in gradients]
+        if compiled:
+            return tf.stack([_folded_square_sum(values) for values in arrays])
+        return tf.stack([2 * tf.nn.l2_loss(values) for values in arrays])
 
     def _reduce(self, first_step: Any, i: Any, feeds: Any) -> Any:
         """Differentiate on one replica and add up over all of them.
@@ -292,6 +287,22 @@ class TrainStep:
             self.mode, sentence = found
             if sentence:
                 self._tell(sentence)
+
+
+def _folded_square_sum(values: Any) -> Any:
+    """Return the sum of squares of an array, in the form that XLA on CPUs computes fast.
+
+    It adds the elements of one sum one after another, but sums beside each other in vectors: long
+    arrays are folded into a few long rows first (measured, 100,352 elements, XLA of TensorFlow
+    2.21: 130 us as one sum, 35 to 45 us as 784 rows, 10 us as 8 to 28 rows). The abs, which changes
+    nothing, keeps it from making one sum of two again.
+    """
+    squares = tf.square(tf.reshape(values, [-1]))
+    while squares.shape[0] > _ADDED_IN_TURN:
+        length = squares.shape[0] // _FOLDED_ROWS * _FOLDED_ROWS
+        rows = tf.reshape(squares[:length], [_FOLDED_ROWS, -1])
+        squares = tf.concat([tf.abs(tf.reduce_sum(rows, 0)), squares[length:]], 0)
+    return tf.reduce_sum(squares)
 
 
 def _filled(array: np.ndarray, length: int) -> Any:
