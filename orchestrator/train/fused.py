@@ -24,7 +24,7 @@ class _FusedAdam(keras.optimizers.Adam):
         m += (g - m)(1 - b1),  v += (g^2 - v)(1 - b2),
         w -= m lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + epsilon)
 
-    In float32 the kernel's 1 - b2 is rounded as its 1 - b2^t is, and the two cancel; Keras's v is up
+    In float32 the kernel rounds 1 - b2 as it rounds 1 - b2^t, and the two cancel; Keras's v is up
     to 5e-5 smaller, a rate that is up to 2e-5 higher. In float64 they agree to 1e-12.
     """
 
