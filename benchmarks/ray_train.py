@@ -78,7 +78,7 @@ def main(text: str) -> None:
     spec = Spec.from_json(text)
     cpus = spec.num_workers * spec.num_threads
     # Train's controller asks for no CPU of its own, so workers get all there are.
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
         report = Path(folder) / "report.json"
         TensorflowTrainer(
