@@ -208,16 +208,7 @@ def _assemble(
         evaluation = Evaluation(
             plan, job, model, strategy, replicas, made.eval_source, eval_resident
         )
-    saver = None
-    if order.worker == 0:
-        saver = Saver(
-            plan.paths,
-            order.attempt,
-            made.variables,
-            keep=plan.config.checkpoint.keep,
-            facts={"run": plan.run, "attempt": order.attempt, "versions": versions()},
-            announce=reporter.tell,
-        )
+    saver = _saver(order, reporter, made)
     agreement = Agreement(strategy, plan, order.worker)
     return Parts(
         plan=plan,
@@ -253,6 +244,21 @@ def _assemble(
         best=_best(order, evaluation),
         on_block=job.on_block,
         profile=Profile(plan) if order.worker == 0 else None,
+    )
+
+
+def _saver(order: WorkerOrder, reporter: Reporter, made: _Made) -> Saver | None:
+    """Return what writes checkpoints: the chief's."""
+    if order.worker > 0:
+        return None
+    plan = order.plan
+    return Saver(
+        plan.paths,
+        order.attempt,
+        made.variables,
+        keep=plan.config.checkpoint.keep,
+        facts={"run": plan.run, "attempt": order.attempt, "versions": versions()},
+        announce=reporter.tell,
     )
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 
@@ -16,15 +14,8 @@ from orchestrator.train.step import TrainStep
 from tests.train.rig import make_rig
 from tests.train.tiny import Tiny
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    """Compare in float64, where nothing but real differences is visible."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
+# Only real differences are visible in it.
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("replicas", [1, 3])

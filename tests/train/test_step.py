@@ -21,14 +21,8 @@ from tests.train.tiny import Tiny
 EXACT = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    """Compare in float64, where nothing but real differences is visible."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
+# Only real differences are visible in it.
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def difference(left: list[np.ndarray], right: list[np.ndarray]) -> float:
