@@ -37,7 +37,7 @@ _NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cac
 def start_local(plan: RunPlan) -> None:
     """Start a Ray for one run, on loopback, with what the plan needs."""
     gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
-    with _signal_handlers_kept(), _without_services(), _short_looks():
+    with _signal_handlers_kept(), _without_services(), _any_agent_port(), _short_looks():
         ray.init(
             address="local",
             num_cpus=plan.num_workers * plan.cpus_per_worker,
@@ -124,6 +124,30 @@ def _without_services() -> Iterator[None]:
     finally:
         for name, method in kept.items():
             setattr(Node, name, method)
+
+
+@contextmanager
+def _any_agent_port() -> Iterator[None]:
+    """Let the node's agent listen on any free port.
+
+    Ray 2.60 gives it port 52365 on every node and `ray.init` has no argument for it
+    (`_private/parameter.py`); another Ray that starts on this host at the same time would find it
+    taken, and then takes no jobs. Another version of Ray, without these names, starts as it does.
+    """
+    from ray._private.node import Node
+
+    begin = Node.__init__
+
+    def begin_on_any_port(self: Any, ray_params: Any, *args: Any, **kwargs: Any) -> None:
+        if hasattr(ray_params, "dashboard_agent_listen_port"):
+            ray_params.dashboard_agent_listen_port = 0
+        begin(self, ray_params, *args, **kwargs)
+
+    Node.__init__ = begin_on_any_port
+    try:
+        yield
+    finally:
+        Node.__init__ = begin
 
 
 @contextmanager

@@ -28,6 +28,9 @@ _USERS_DIR = "config_dir"
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 120.0
 _SETTLE_S = 10.0
+_AGENT_PATIENCE_S = 30.0
+# What the job server says until then (ray 2.60, dashboard/modules/job/job_head.py).
+_NO_AGENT = "No available agent"
 _SCRIPT = "run.sh"
 # The first Python that has Ray runs the driver: the submitter's own path, where all machines have
 # one image, else what is on the head node's PATH.
@@ -64,17 +67,7 @@ def submit(config: RunConfig, overrides: list[str], config_dir: Path | None) -> 
     arguments = _arguments(config, overrides, config_dir)
     with tempfile.TemporaryDirectory(prefix="orch-submit-") as folder:
         _stage(Path(folder), config_dir)
-        try:
-            job: str = client.submit_job(
-                entrypoint=shlex.join(["sh", _SCRIPT, sys.executable, "train", *arguments]),
-                runtime_env={
-                    "working_dir": folder,
-                    # `ray job stop` gives the driver so long to save; 3 s by default.
-                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
-                },
-            )
-        except Exception as error:
-            raise ClusterError(f"Ray at {address} takes no job: {error}") from error
+        job = _hand_in(client, address, Path(folder), arguments)
     print(f"job {job} at {address}; Ctrl-C saves and stops it", flush=True)
     try:
         asyncio.run(_follow(client, job))
@@ -130,6 +123,29 @@ def _arguments(config: RunConfig, overrides: list[str], config_dir: Path | None)
     if config_dir is not None:
         arguments.append(f"--config-dir={_USERS_DIR}")
     return arguments
+
+
+def _hand_in(client: Any, address: str, folder: Path, arguments: list[str]) -> str:
+    """Submit the staged folder as a job and return its id.
+
+    The job server answers before the head's agent, which takes the jobs, has announced itself.
+    """
+    deadline = time.monotonic() + _AGENT_PATIENCE_S
+    while True:
+        try:
+            job: str = client.submit_job(
+                entrypoint=shlex.join(["sh", _SCRIPT, sys.executable, "train", *arguments]),
+                runtime_env={
+                    "working_dir": str(folder),
+                    # `ray job stop` gives the driver so long to save; 3 s by default.
+                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
+                },
+            )
+            return job
+        except Exception as error:
+            if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(f"Ray at {address} takes no job: {error}") from error
+            time.sleep(_POLL_S)
 
 
 def _stage(folder: Path, config_dir: Path | None) -> None:

@@ -54,7 +54,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     ray = Path(sys.executable).with_name("ray")
     # --block: ending this process ends the cluster; `ray stop` would end every Ray here.
     head = subprocess.Popen(
@@ -68,6 +68,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 "--node-ip-address=127.0.0.1",
             ),
             *(f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
+            f"--dashboard-agent-listen-port={agent}",
         ],
         env={**os.environ, **env},
         stdout=subprocess.DEVNULL,
