@@ -18,7 +18,7 @@ _VERBS = {
     "config": "print the resolved configuration",
     "verify": "prove that replicas, workers and micro-batches compute what one device computes",
     "submit": "run train on a Ray cluster: submit job=mnist cluster.address=http://head:8265 ...",
-    "runs": "runs compare RUN RUN: what differs; runs sync RUN: write a run into MLflow once more",
+    "runs": "runs list; runs compare RUN RUN: what differs; runs sync RUN: MLflow once more",
     "ui": "open the MLflow UI",
 }
 _MEANING = {
@@ -161,8 +161,12 @@ def _submit(overrides: list[str], config_dir: Path | None) -> int:
 
 
 def _runs(overrides: list[str], config_dir: Path | None) -> int:
-    """Take `compare RUN RUN [tolerance=1e-5]` or `sync RUN`; RUN is a run's folder."""
+    """Take `list`, `compare RUN RUN [tolerance=1e-5]` or `sync RUN`; RUN is a run's folder."""
     match overrides:
+        case ["list", *rest]:
+            from orchestrator.listing import list_runs
+
+            return int(list_runs(rest, Path.cwd()))
         case ["sync", run]:
             from orchestrator.driver import sync
 
@@ -173,8 +177,8 @@ def _runs(overrides: list[str], config_dir: Path | None) -> int:
             tolerance = _tolerance(rest[0]) if rest else DEFAULT_TOLERANCE
             return int(compare_runs(left, right, tolerance, Path.cwd()))
     raise ConfigError(
-        "runs: `runs compare RUN RUN [tolerance=1e-5]` and `runs sync RUN` are known; RUN is a "
-        "run's folder"
+        "runs: `runs list [job=NAME]`, `runs compare RUN RUN [tolerance=1e-5]` and `runs sync RUN` "
+        "are known; RUN is a run's folder"
     )
 
 

@@ -164,7 +164,7 @@ def test_submit_is_for_existing_clusters_only(capsys: pytest.CaptureFixture[str]
     assert text.startswith("cluster=local: ") and "existing" in text
 
 
-@pytest.mark.parametrize("argv", [["runs"], ["runs", "list"], ["runs", "sync"]])
+@pytest.mark.parametrize("argv", [["runs"], ["runs", "lists"], ["runs", "sync"]])
 def test_runs_knows_only_sync_of_one_run(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
