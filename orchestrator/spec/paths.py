@@ -37,6 +37,16 @@ class RunPaths:
         return self.root / "journal.jsonl"
 
     @property
+    def report(self) -> Path:
+        """The run on one page, HTML."""
+        return self.root / "report.html"
+
+    @property
+    def plots_dir(self) -> Path:
+        """The report's plots, PNG."""
+        return self.root / "plots"
+
+    @property
     def lease(self) -> Path:
         """Locked by the one driver that holds this run."""
         return self.root / ".lease"

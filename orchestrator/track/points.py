@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from orchestrator.track.goodput import Goodput
+
 # A metric gets at most so many points a second when tracking.log_every_steps is auto.
 _MAX_POINTS_PER_S = 5.0
 _CHIEF = 0
@@ -45,12 +47,16 @@ class Points:
         self._waiting: list[Mapping[str, Any]] = []
         self._windows: dict[int, _Window] = {}
         self._last_evaluated = 0
+        self._last_step = 0
+        self._last_ended = 0
+        self._goodput = Goodput()
 
     def feed(self, record: Mapping[str, Any]) -> list[Point]:
         """Take the next record and return the points that it completes."""
         return list(self._feed(record))
 
     def _feed(self, record: Mapping[str, Any]) -> Iterator[Point]:
+        self._goodput.feed(record)
         match record.get("kind"):
             case "Window":
                 # The choice in the journal stands, even when another one was made since.
@@ -66,8 +72,19 @@ class Points:
                 yield from self._catch_up()
                 for window in self._windows.values():
                     yield from window.close()
+                yield from self._ended(record)
+
+    def _ended(self, record: Mapping[str, Any]) -> Iterator[Point]:
+        """Tell where the time went, once for each step at which the run has ended."""
+        if self._last_step <= self._last_ended:
+            return
+        self._last_ended, stamp = self._last_step, _milliseconds(record)
+        for use, seconds in self._goodput.seconds().items():
+            yield Point(f"goodput/{use}_s", seconds, stamp, self._last_step)
+        yield Point("goodput/fraction", self._goodput.fraction, stamp, self._last_step)
 
     def _block(self, record: Mapping[str, Any]) -> Iterator[Point]:
+        self._last_step = max(self._last_step, record["first_step"] + record["num_steps"])
         if self.window is None:
             self._waiting.append(record)
             # An attempt's first block holds the tracing: the chief's second one tells the speed.

@@ -165,3 +165,15 @@ def test_memory_stays_constant_over_a_million_steps() -> None:
     late, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert late - early < 100_000
+
+
+def test_where_the_time_went_is_told_once_for_each_step_at_which_the_run_has_ended() -> None:
+    started, again = {"kind": "RunStarted", "time": 0.0}, {"kind": "RunStarted", "time": 200.0}
+    ends = ENDED | {"time": 250.0}
+    points = feed(4, started, block(0, 6), ENDED, again, ends)
+    assert series(points, "goodput/starting_s") == [(6, 99.0)]
+    assert series(points, "goodput/fraction") == [(6, 0.0)]  # no beacon tells of a phase
+
+
+def test_a_run_without_a_step_tells_nothing_of_its_time() -> None:
+    assert feed(4, {"kind": "RunStarted", "time": 0.0}, ENDED) == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.goodput import Goodput, goodput
+from orchestrator.track.goodput import Goodput, goodput
 
 Record = dict[str, Any]
 

@@ -1,0 +1,120 @@
+"""Plots of a run as PNG files, drawn with matplotlib from points that MLflow has too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.track.account import Account
+
+Series = Mapping[str, Sequence[tuple[int, float]]]
+
+_SIZE = (7.2, 3.4)  # inches
+_DPI = 110
+_MAX_POINTS = 2000
+_COLOURS = {
+    "productive": "#2a9d4a",
+    "data_wait": "#e9c46a",
+    "evaluation": "#4c78a8",
+    "checkpoint_stall": "#b279a2",
+    "export": "#72b7b2",
+    "building": "#9d9d9d",
+    "starting": "#c8c8c8",
+    "waiting": "#eeca3b",
+    "recovering": "#f58518",
+    "lost_work": "#d62728",
+}
+# Beside these, each metric that is both trained and evaluated has a plot of its own.
+_FIGURES = {
+    "learning_rate": (r"train/learning_rate(/.*)?", "learning rate"),
+    "throughput": (r"perf/examples_per_s", "examples/s"),
+    "step_time": (r"worker/\d+/step_ms", "ms a step"),
+    "gradient_norm": (r"train/gradient_norm", "gradient norm"),
+}
+
+
+def draw(found: Account, folder: Path) -> list[Path]:
+    """Draw what there is something to see of.
+
+    Args:
+        found: the run.
+        folder: takes the files; made if it is missing.
+
+    Returns:
+        The files, in the order a reader wants them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name in _metrics(found.series):
+        pair = {key: found.series[key] for key in (f"train/{name}", f"eval/{name}")}
+        drawn.append(_lines(folder / f"{_file_name(name)}.png", pair, name))
+    for name, (pattern, label) in _FIGURES.items():
+        chosen = {key: s for key, s in found.series.items() if re.fullmatch(pattern, key)}
+        if chosen:
+            drawn.append(_lines(folder / f"{name}.png", chosen, label))
+    if found.goodput.wall_s > 0:
+        drawn.append(_bar(folder / "goodput.png", found.goodput.seconds()))
+    return drawn
+
+
+def _metrics(series: Series) -> list[str]:
+    """Return the loss and what else was measured in training and evaluation, the loss first."""
+    trained = {key.removeprefix("train/") for key in series if key.startswith("train/")}
+    evaluated = {key.removeprefix("eval/") for key in series if key.startswith("eval/")}
+    return sorted(trained & evaluated, key=lambda name: (name != "loss", name))
+
+
+def _file_name(metric: str) -> str:
+    return re.sub(r"[^\w\-]", "_", metric)
+
+
+def _lines(path: Path, series: Series, label: str) -> Path:
+    figure = _figure()
+    axes = figure.subplots()
+    for key, points in series.items():
+        steps, values = zip(*_thinned(points), strict=True)
+        marker = "o" if key.startswith("eval/") or len(points) == 1 else None
+        axes.plot(steps, values, label=key, marker=marker, markersize=4, linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    return _write(figure, path)
+
+
+def _bar(path: Path, seconds: Mapping[str, float]) -> Path:
+    """Draw one bar whose parts are the uses of the run's time."""
+    figure = _figure(height=1.7)
+    axes = figure.subplots()
+    total, left = sum(seconds.values()), 0.0
+    for use, colour in _COLOURS.items():
+        share = seconds.get(use, 0.0)
+        if share > 0:
+            label = f"{use.replace('_', ' ')} {share / total:.1%}"
+            axes.barh([0], [share], left=[left], color=colour, label=label)
+            left += share
+    axes.set_yticks([])
+    axes.set_xlim(0, total)
+    axes.set_xlabel("seconds")
+    axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.6))
+    return _write(figure, path)
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+    """Return at most so many points that a plot can show, the last one among them."""
+    stride = -(-len(points) // _MAX_POINTS)
+    return points if stride <= 1 else [*points[:-1:stride], points[-1]]
+
+
+def _figure(height: float = _SIZE[1]) -> Any:
+    # Not pyplot: it keeps figures for ever and looks for a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(_SIZE[0], height), layout="constrained")
+
+
+def _write(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=_DPI)
+    return path
