@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote
+from orchestrator.control.ray_agent import RayAgent
 from orchestrator.control.ray_join import LOOPBACK, first_line, join, start_local
 from orchestrator.errors import ClusterError, OrchestratorError, StartFailed
 from orchestrator.spec.messages import Death, Message, Request, WorkerOrder
@@ -188,7 +189,7 @@ class RayGroup:
     def _make_agent(self, plan: RunPlan, worker: int) -> _Seat:
         bundle = _bundle(plan)
         actor = (
-            ray.remote(Agent)
+            ray.remote(RayAgent)
             .options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
