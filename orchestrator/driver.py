@@ -45,7 +45,7 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.plan import RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.secrets import mask_overrides, mask_text
-from orchestrator.summary import Tally, summarise
+from orchestrator.summary import Tally, next_commands, summarise
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import read
 from orchestrator.track.mlflow_projection import Report, check
@@ -321,8 +321,10 @@ class _Run:
             )
 
     def _end(self, status: str, cause: str) -> Report:
+        finished = status == "FINISHED"
+        commands = next_commands(self._plan, self._tally.last_step, finished=finished)
         with self._screen.timed("writing the record"):
-            return self._record.end(status, cause, _FINISH_DEADLINE_S)
+            return self._record.end(status, cause, _FINISH_DEADLINE_S, commands)
 
     def _summarise(self, status: str, report: Report) -> None:
         if report.missing:

@@ -61,14 +61,22 @@ def summarise(plan: RunPlan, tally: Tally, status: str, report: Report, wall_s: 
         wall_s=wall_s,
         examples_per_s=speed,
         model=report.model_uri or (str(plan.paths.export_dir) if exported else None),
-        commands=_commands(plan, report.url, finished, exported, tally.last_step),
+        commands=next_commands(plan, tally.last_step, finished=finished, url=report.url),
     )
 
 
-def _commands(
-    plan: RunPlan, url: str | None, finished: bool, exported: bool, last_step: int
+def next_commands(
+    plan: RunPlan, last_step: int, *, finished: bool, url: str | None = None
 ) -> list[tuple[str, str]]:
-    """Return what can be done next: a word and a command to copy."""
+    """Return what can be done next: a word and a command to copy.
+
+    Args:
+        plan: of the run.
+        last_step: the last step done.
+        finished: whether the run has come to its end.
+        url: of the run's page in MLflow, where there is one.
+    """
+    exported = finished and plan.config.export.enabled
     job, runs_dir = plan.config.job.name, plan.config.runs_dir
     folder = "" if runs_dir == DEFAULT_RUNS_DIR else f"runs_dir={runs_dir} "
     own = "".join(f"--config-dir={path} " for path in plan.config.code_dirs[1:])

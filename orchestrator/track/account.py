@@ -46,6 +46,7 @@ class Account:
         series: (step, value) of each metric, as MLflow has it.
         events: in the order they happened.
         goodput: where the time went.
+        commands: what can be done next: a word and the command to copy.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Account:
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     goodput: Goodput = field(default_factory=Goodput)
+    commands: list[tuple[str, str]] = field(default_factory=list)
 
     def _tell(self, record: Mapping[str, Any], text: str, *, is_failure: bool = False) -> None:
         self.events.append(Event(float(record.get("time", self.ended)), text, is_failure))
@@ -98,6 +100,7 @@ class Account:
                 self._tell(record, f"worker {record['worker']}: {record['error']}", is_failure=True)
             case "RunEnded":
                 self.status, self.cause = record["status"], record["cause"]
+                self.commands = [(word, text) for word, text in record.get("commands", ())]
                 self._tell(record, f"ended: {self.status.lower()}")
 
     def _started(self, record: Mapping[str, Any]) -> None:

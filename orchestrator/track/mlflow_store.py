@@ -22,6 +22,7 @@ from orchestrator.track.facts import RunFacts
 from orchestrator.track.points import Point
 
 RUN_TAG = "orchestrator.run"
+_DESCRIPTION_TAG = "mlflow.note.content"
 EXPORT_TAG = "orchestrator.export"
 BATCH = 1000  # MLflow's own limit on the metrics of one request
 _PARAM_BATCH = 100
@@ -203,14 +204,20 @@ class Store:
         self._client.set_terminated(self.run_id, status, time_ms)
 
     def log_files(self, paths: RunPaths) -> None:
-        """Upload configuration, plan, overrides, the model's summary, logs and profile."""
+        """Upload configuration, plan, overrides, the model's summary, report, logs and profile."""
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(_UPLOAD_TIMEOUT_S)
-        for path in (paths.config, paths.overrides, paths.plan, paths.model_summary):
+        texts = (paths.config, paths.overrides, paths.plan, paths.model_summary, paths.report)
+        for path in texts:
             if path.exists():
                 self._client.log_artifact(self.run_id, str(path))
-        for folder, name in ((paths.logs_dir, "logs"), (paths.profile_dir, "profile")):
+        folders = {"logs": paths.logs_dir, "plots": paths.plots_dir, "profile": paths.profile_dir}
+        for name, folder in folders.items():
             if folder.exists():
                 self._client.log_artifacts(self.run_id, str(folder), name)
+
+    def describe(self, text: str) -> None:
+        """Set the run's description, Markdown."""
+        self._client.set_tag(self.run_id, _DESCRIPTION_TAG, _shortened(text, _MAX_TAG))
 
     def log_model(self, paths: RunPaths) -> str:
         """Log and register the packaged model, once for each packaging; return its address."""

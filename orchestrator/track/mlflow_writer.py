@@ -10,10 +10,12 @@ from typing import Any
 from orchestrator.errors import StorageError
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.secrets import mask_text
+from orchestrator.track.account import account
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Reader, read
 from orchestrator.track.mlflow_store import BATCH, Store
 from orchestrator.track.points import Point, Points
+from orchestrator.track.report import summarise
 
 
 class Writer:
@@ -93,6 +95,7 @@ class Writer:
         """Upload files and model and set the status; return the model's address."""
         store = self._connected()
         store.log_files(self._paths)
+        store.describe(summarise(account(read(self._paths.journal))))
         model_uri = None
         if (self._paths.mlflow_model_dir / "MLmodel").exists():
             model_uri = store.log_model(self._paths)

@@ -33,6 +33,7 @@ _FIGURES = {
     "step_time": (r"worker/\d+/step_ms", "ms a step"),
     "gradient_norm": (r"train/gradient_norm", "gradient norm"),
 }
+_SPIKY = ("ms a step",)
 
 
 def draw(found: Account, folder: Path) -> list[Path]:
@@ -77,6 +78,10 @@ def _lines(path: Path, series: Series, label: str) -> Path:
         steps, values = zip(*_thinned(points), strict=True)
         marker = "o" if key.startswith("eval/") or len(points) == 1 else None
         axes.plot(steps, values, label=key, marker=marker, markersize=4, linewidth=1.2)
+    if label in _SPIKY:
+        # A block that traced, or waited for a peer, would flatten all others.
+        heights = sorted(value for points in series.values() for _, value in points)
+        axes.set_ylim(0, 1.3 * heights[int(0.98 * (len(heights) - 1))])
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.25)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.spec.paths import RunPaths
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Journal
 from orchestrator.track.mlflow_projection import Projection, Report
+from orchestrator.track.report import write_report
 
 
 class Record:
@@ -24,6 +26,8 @@ class Record:
         Raises:
             StorageError: the journal cannot be written.
         """
+        self._paths = RunPaths(path.parent)
+        self._notice = notice
         self._journal = Journal(path)
         self._projection = Projection(facts, keep=self._append, notice=notice)
         self.add(facts.record(time.time()))
@@ -40,12 +44,29 @@ class Record:
         """Let MLflow's thread begin; it takes seconds of CPU that training could use."""
         self._projection.start()
 
-    def end(self, status: str, cause: str, deadline_s: float) -> Report:
-        """Write down how the run ended and bring MLflow up to date."""
-        self.add({"kind": "RunEnded", "time": time.time(), "status": status, "cause": cause})
+    def end(
+        self, status: str, cause: str, deadline_s: float, commands: Sequence[tuple[str, str]] = ()
+    ) -> Report:
+        """Write down how the run ended, tell it on a page, and bring MLflow up to date.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            cause: why it did not finish.
+            deadline_s: how long to wait for MLflow at most.
+            commands: what can be done next: a word and the command to copy.
+        """
+        ended = {"kind": "RunEnded", "time": time.time(), "status": status, "cause": cause}
+        self.add({**ended, "commands": [list(command) for command in commands]})
+        self._tell()
         report = self._projection.finish(status, deadline_s)
         self._journal.close()
         return report
+
+    def _tell(self) -> None:
+        try:
+            write_report(self._paths)
+        except Exception as error:  # a page about the run is no reason to fail it
+            self._notice(f"report.html could not be written: {error!r}")
 
     def _append(self, record: dict[str, Any]) -> None:
         self._journal.append(record)

@@ -14,15 +14,18 @@ from orchestrator.track.journal import read
 from orchestrator.track.plots import draw
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 860px; margin: 2em auto; padding: 0 1em;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em;
        color: #222; background: #fff }
 h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.1em; margin-top: 2em }
 table { border-collapse: collapse } td, th { padding: .15em 1em .15em 0; text-align: left;
        vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100% } pre { background: #f5f5f5; padding: .6em; overflow-x: auto }
+.plots { display: flex; flex-wrap: wrap; gap: 1% } .plots img { width: 49.5%; min-width: 320px }
+pre { background: #f5f5f5; padding: .6em; overflow-x: auto }
 .FINISHED { color: #1a7f37 } .FAILED, .bad { color: #c62828 } .KILLED { color: #9a6700 }
 .muted { color: #777 }
 """
+# Uses of less than so many seconds are not worth a word in a summary.
+_TOLD_S = 0.1
 # Of all settings, those a reader asks for first; the whole configuration lies beside the report.
 _SETTINGS = (
     "job.class_name",
@@ -37,25 +40,21 @@ _SETTINGS = (
 )
 
 
-def write_report(paths: RunPaths, commands: Sequence[tuple[str, str]] = ()) -> None:
+def write_report(paths: RunPaths) -> None:
     """Write plots and report of a run from its journal.
-
-    Args:
-        paths: of the run.
-        commands: what can be done next: a word and the command to copy.
 
     Raises:
         OSError: a file cannot be written.
     """
     found = account(read(paths.journal))
     plots = draw(found, paths.plots_dir)
-    page = render(found, plots, commands)
+    page = render(found, plots)
     staged = paths.report.with_name(f".{paths.report.name}.new")
     staged.write_text(page, encoding="utf-8")
     staged.replace(paths.report)
 
 
-def render(found: Account, plots: Sequence[Path], commands: Sequence[tuple[str, str]]) -> str:
+def render(found: Account, plots: Sequence[Path]) -> str:
     """Return the page."""
     facts, status = found.facts, found.status or "RUNNING"
     title = f"{facts.get('job', '?')} {facts.get('run', '?')}"
@@ -64,12 +63,14 @@ def render(found: Account, plots: Sequence[Path], commands: Sequence[tuple[str, 
         f'<p><b class="{status}">{status.lower()}</b> at step {found.last_step:,}, '
         f"{_length(found.goodput.wall_s)} of training time, begun {_date(found.began)}</p>",
         f'<p class="bad">{_text(found.cause)}</p>' if status == "FAILED" else "",
-        _section("Results", _results(found)),
-        *(_picture(path) for path in plots),
+        _section("Results", _table(_result_rows(found), numbers=True)),
+        f'<p class="plots">{"".join(_picture(path) for path in plots)}</p>' if plots else "",
         _section("What was run", _what(found)),
         _section("Where the time went", _times(found)),
         _section("What happened", _events(found)),
-        _section("What can be done next", "".join(_command(*command) for command in commands)),
+        _section(
+            "What can be done next", "".join(_command(*command) for command in found.commands)
+        ),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -79,7 +80,24 @@ def render(found: Account, plots: Sequence[Path], commands: Sequence[tuple[str, 
     )
 
 
-def _results(found: Account) -> str:
+def summarise(found: Account) -> str:
+    """Return the run in a few lines of Markdown, for its description in MLflow."""
+    status = (found.status or "RUNNING").lower()
+    length = _length(found.goodput.wall_s)
+    lines = [f"**{status}** at step {found.last_step:,} after {length} of training time"]
+    if found.status == "FAILED":
+        lines += ["", f"```\n{found.cause}\n```"]
+    lines += ["", "| result | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in _result_rows(found)]
+    shares = found.goodput.seconds().items()
+    told = [f"{use.replace('_', ' ')} {_length(s)}" for use, s in shares if s >= _TOLD_S]
+    lines += ["", f"{found.attempts} attempt(s); {', '.join(told)}"]
+    for word, command in found.commands:
+        lines += ["", f"{word}:", f"```sh\n{command}\n```"]
+    return "\n".join(lines)
+
+
+def _result_rows(found: Account) -> list[tuple[str, str]]:
     rows = [(f"eval/{name}", f"{value:.6g}") for name, value in found.evaluated.items()]
     losses = found.series.get("train/loss")
     if losses:
@@ -88,7 +106,7 @@ def _results(found: Account) -> str:
     if speeds:
         median = sorted(value for _, value in speeds)[len(speeds) // 2]
         rows.append(("examples/s, median", f"{median:,.0f}"))
-    return _table(rows, numbers=True)
+    return rows
 
 
 def _what(found: Account) -> str:
@@ -137,7 +155,7 @@ def _event(event: Event, began: float) -> str:
 
 def _picture(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{_text(path.stem)}" src="data:image/png;base64,{data}"></p>'
+    return f'<img alt="{_text(path.stem)}" src="data:image/png;base64,{data}">'
 
 
 def _command(word: str, command: str) -> str:

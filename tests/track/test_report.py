@@ -1,0 +1,118 @@
+"""The page and the plots of a run, from a journal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from orchestrator.spec.paths import RunPaths
+from orchestrator.track.account import MAX_EVENTS, account
+from orchestrator.track.journal import read
+from orchestrator.track.report import summarise, write_report
+from tests.track import rig
+
+EVALUATED = {
+    "kind": "Evaluated",
+    "worker": 0,
+    "attempt": 1,
+    "time": rig.START + 5,
+    "step": 4,
+    "metrics": {"loss": 0.25, "accuracy": 0.9},
+    "num_examples": 10,
+    "wall_s": 1.0,
+}
+DEATH = {
+    "kind": "Death",
+    "worker": 1,
+    "attempt": 1,
+    "time": rig.START + 6,
+    "error": "its process was ended by SIGKILL & <gone>",
+}
+
+
+def attempt(number: int, time: float, restore_from: str | None = None) -> dict[str, Any]:
+    record = {"kind": "AttemptStarted", "attempt": number, "time": rig.START + time}
+    return record | {"restore_from": restore_from}
+
+
+def run_with(folder: Path, *records: dict[str, Any]) -> RunPaths:
+    """Leave a run that evaluated, lost a worker, went back to step 4 and ended."""
+    root = rig.new_run(folder)
+    facts = rig.make_facts(root, f"sqlite:///{folder}/mlflow.db")
+    commands = [["resume", "make train conf=tiny"]]
+    ended = rig.ended() | {"commands": commands}
+    metrics = {"metrics": {"accuracy": [0.5] * 4}}
+    rig.write(
+        root,
+        facts.record(rig.START),
+        attempt(1, 1),
+        rig.block(0, 4) | metrics,
+        EVALUATED,
+        DEATH,
+        attempt(2, 7, "/runs/x/checkpoints/step-00000004"),
+        rig.block(4, 4, attempt=2) | metrics,
+        *records,
+        ended,
+    )
+    return RunPaths(root)
+
+
+def test_the_page_tells_result_events_and_what_to_do_and_needs_no_other_file(
+    tmp_path: Path,
+) -> None:
+    paths = run_with(tmp_path)
+    write_report(paths)
+    page = paths.report.read_text()
+    assert "finished" in page and "at step 8" in page
+    assert "<td>eval/accuracy</td>" in page and "0.9<" in page
+    assert "attempt 2 from step-00000004" in page
+    assert "worker 1: its process was ended by SIGKILL &amp; &lt;gone&gt;" in page
+    assert "make train conf=tiny" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "it points elsewhere"
+    plots = sorted(path.name for path in paths.plots_dir.iterdir())
+    assert plots == [
+        "accuracy.png",
+        "goodput.png",
+        "learning_rate.png",
+        "loss.png",
+        "step_time.png",
+        "throughput.png",
+    ]
+    assert page.count("data:image/png;base64,") == len(plots)
+
+
+def test_the_description_is_short_and_says_the_same(tmp_path: Path) -> None:
+    text = summarise(account(read(run_with(tmp_path).journal)))
+    assert text.startswith("**finished** at step 8 after 1:40 of training time")
+    assert "| eval/accuracy | 0.9 |" in text
+    assert "2 attempt(s)" in text
+    assert "make train conf=tiny" in text
+
+
+def test_a_failure_is_told_with_its_cause(tmp_path: Path) -> None:
+    failed = rig.ended("FAILED") | {"cause": "worker 1 failed <here>"}
+    paths = run_with(tmp_path, failed)
+    found = account([*read(paths.journal)][:-1])
+    assert "worker 1 failed <here>" in summarise(found)
+
+
+def test_of_many_events_the_first_and_the_last_are_told(tmp_path: Path) -> None:
+    said = [
+        {"kind": "Notice", "worker": 0, "time": rig.START + 10, "text": f"said {number}."}
+        for number in range(MAX_EVENTS)
+    ]
+    paths = run_with(tmp_path, *said)
+    write_report(paths)
+    page = paths.report.read_text()
+    assert "said 0." in page and f"said {MAX_EVENTS - 1}." in page
+    assert "said 100." not in page
+    assert " more</td>" in page
+
+
+def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path: Path) -> None:
+    root = rig.new_run(tmp_path)
+    facts = rig.make_facts(root, f"sqlite:///{tmp_path}/mlflow.db")
+    rig.write(root, facts.record(rig.START), rig.ended("FAILED"))
+    write_report(RunPaths(root))
+    assert "failed" in RunPaths(root).report.read_text()
