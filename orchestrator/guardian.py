@@ -1,0 +1,147 @@
+"""Outlives a driver that is killed, and ends the record of its run: no run stays RUNNING for ever.
+
+A shell waits at the other end of a pipe, in a session of its own and so out of reach of what ends
+the driver's process group; it becomes `python -m orchestrator.guardian` only when the pipe breaks
+without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.secrets import mask_text
+
+CAUSE = "the driver was killed"
+_PROJECT_DIR = str(Path(__file__).resolve().parents[1])
+# With credentials, which the journal does not keep.
+_URI_VARIABLE = "ORCHESTRATOR_GUARDED_URI"
+_ARTIFACTS_VARIABLE = "ORCHESTRATOR_GUARDED_ARTIFACTS"
+# Who restarts a driver at once, as a retry loop does, goes on with the run: nothing is to be ended.
+_GRACE_S = 3.0
+_DEADLINE_S = 60.0
+_WAIT = 'read -r _ && exit 0; exec "$@"'
+
+
+@contextlib.contextmanager
+def guarded(paths: RunPaths, tracking_uri: str, artifact_root: str | None) -> Iterator[None]:
+    """Let a guardian watch this process while a block runs.
+
+    Args:
+        paths: of the run whose lease this process holds.
+        tracking_uri: of its MLflow.
+        artifact_root: where a local SQLite store keeps artifacts.
+    """
+    environment = {**os.environ, "PYTHONPATH": _python_path(), _URI_VARIABLE: tracking_uri}
+    if artifact_root is not None:
+        environment[_ARTIFACTS_VARIABLE] = artifact_root
+    command = [sys.executable, "-m", "orchestrator.guardian", str(paths.root)]
+    with _log(paths) as log:
+        guardian = subprocess.Popen(
+            ["/bin/sh", "-c", _WAIT, "sh", *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # somebody has ended it
+            guardian.communicate(b"done\n")
+
+
+def end_record(root: Path, environment: Mapping[str, str]) -> None:
+    """Close the journal of a run that nobody holds, and tell MLflow.
+
+    Args:
+        root: the run folder.
+        environment: holds the address of MLflow.
+    """
+    time.sleep(_GRACE_S)
+    paths = RunPaths(root)
+    if not _close_journal(paths):
+        return
+    # Importing it takes seconds: the run may have been taken up meanwhile.
+    from orchestrator.track.mlflow_projection import sync
+
+    with _held(paths) as is_held:
+        if not is_held:
+            return
+    uri = environment.get(_URI_VARIABLE)
+    sync(root, uri=uri, artifact_root=environment.get(_ARTIFACTS_VARIABLE), deadline_s=_DEADLINE_S)
+
+
+def _close_journal(paths: RunPaths) -> bool:
+    """Write down that the run has ended; tell whether that was for us to do."""
+    from orchestrator.track.journal import Journal, read
+    from orchestrator.track.report import write_report
+
+    with _held(paths) as is_held:
+        if not is_held or not _is_open(read(paths.journal)):
+            return False
+        journal = Journal(paths.journal)
+        now = time.time()
+        journal.append({"kind": "RunEnded", "time": now, "status": "KILLED", "cause": CAUSE})
+        journal.close()
+        with contextlib.suppress(Exception):  # a page about the run is not vital
+            write_report(paths)
+    return True
+
+
+def _is_open(records: Iterator[Mapping[str, Any]]) -> bool:
+    """Tell whether a run was started and has not ended."""
+    is_open = False
+    for record in records:
+        if record.get("kind") in ("RunStarted", "RunEnded"):
+            is_open = record["kind"] == "RunStarted"
+    return is_open
+
+
+@contextlib.contextmanager
+def _held(paths: RunPaths) -> Iterator[bool]:
+    """Hold the run's lease, without a word about the holder, if nobody else does."""
+    with paths.lease.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
+def _log(paths: RunPaths) -> Iterator[IO[bytes]]:
+    paths.logs_dir.mkdir(parents=True, exist_ok=True)
+    with (paths.logs_dir / "guardian.log").open("ab") as file:
+        yield file
+
+
+def _python_path() -> str:
+    given = os.environ.get("PYTHONPATH")
+    return f"{_PROJECT_DIR}{os.pathsep}{given}" if given else _PROJECT_DIR
+
+
+def main(argv: list[str]) -> int:
+    """End the record of the run whose folder is named."""
+    root = Path(argv[0])
+    try:
+        end_record(root, os.environ)
+    except Exception as error:
+        print(f"the record of {root} could not be ended: {mask_text(repr(error))}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
