@@ -25,6 +25,7 @@ class Record:
             StorageError: the journal cannot be written.
         """
         self._journal = Journal(path)
+        self._has_ended = False
         self._projection = Projection(facts, keep=self._append, notice=notice)
         self.add(facts.record(time.time()))
 
@@ -41,8 +42,13 @@ class Record:
         self._projection.start()
 
     def end(self, status: str, cause: str, deadline_s: float) -> Report:
-        """Write down how the run ended and bring MLflow up to date."""
-        self.add({"kind": "RunEnded", "time": time.time(), "status": status, "cause": cause})
+        """Write down how the run ended and bring MLflow up to date.
+
+        May be called again when it was broken off by an exception.
+        """
+        if not self._has_ended:
+            self.add({"kind": "RunEnded", "time": time.time(), "status": status, "cause": cause})
+            self._has_ended = True
         report = self._projection.finish(status, deadline_s)
         self._journal.close()
         return report
