@@ -26,6 +26,7 @@ from orchestrator.errors import (
     Interrupted,
     OrchestratorError,
     RestoreError,
+    StorageError,
 )
 from orchestrator.job_code import job_sources, keep_code
 from orchestrator.lease import Lease
@@ -101,15 +102,18 @@ def _train(
     overrides: list[str], config_dir: Path | None, cwd: Path, stops: Stops, start: float
 ) -> ExitCode:
     config = load_config(overrides, config_dir)
-    past = find_run(config, cwd, read) if config.resume is not None else None
-    if past is not None:
-        overrides = merge_overrides(read_overrides(past.paths), overrides)
-        config = load_config(overrides, config_dir)
-    if config.train.max_time_s is not None:
-        stops.limit(config.train.max_time_s - (time.monotonic() - start))
-    notices = clean_environment(config)
-    apply_ray_settings(config.cluster.name)
     with ExitStack() as stack:
+        past: Past | None = None
+        notices: list[str] = []
+        if config.resume is not None:
+            past, notices = _take_up(config, cwd, stack)
+        if past is not None:
+            overrides = merge_overrides(read_overrides(past.paths), overrides)
+            config = load_config(overrides, config_dir)
+        if config.train.max_time_s is not None:
+            stops.limit(config.train.max_time_s - (time.monotonic() - start))
+        notices = [*clean_environment(config), *notices]
+        apply_ray_settings(config.cluster.name)
         if config.cluster.name is not ClusterName.existing:
             stack.enter_context(scratch_folder())
         zygote = _start_zygote(config, stack)
@@ -119,16 +123,12 @@ def _train(
         # A checkpoint of the run itself goes before the weights it once began with.
         is_resumable = past is not None and store.list_checkpoints(past.paths.checkpoints_dir)
         init_from = None if is_resumable else find_weights(config, cwd)
-        paths = past.paths if past is not None else create_run(config, cwd)
-        if past is None:
-            stack.callback(_discard_unused, paths)
-        lease = Lease(paths)
-        stack.callback(lease.release)
+        paths = past.paths if past is not None else _begin(config, cwd, stack)
         plan = make_plan(config, run=paths.root.name, host=host, cwd=cwd)
         plan = dataclasses.replace(plan, init_from=init_from)
         if past is not None:
-            past = look_again(past, config, read)
-            notices += [past.notice, lease.notice, *compare(past, plan, flatten(config))]
+            notices += compare(past, plan, flatten(config))
+        notices += _keep_code(plan, past)
         screen = stack.enter_context(
             Screen(
                 headline(plan),
@@ -137,18 +137,41 @@ def _train(
                 log=plan.paths.driver_log,
             )
         )
-        if config.resume == "auto" and past is None:
-            notices.append("resume=auto: there is nothing to resume, this is a new run")
-        for notice in filter(None, [*notices, *run_checks(plan)]):
+        for notice in [*notices, *run_checks(plan)]:
             screen.notice(notice)
         _write_plan(plan, overrides)
-        sources = job_sources(config.job.class_name, config.code_dirs)
-        changed = keep_code(sources, paths, 1 + (past.attempts if past is not None else 0))
-        if changed:
-            screen.notice(changed)
         group = _make_group(config, zygote, screen)
         stack.callback(group.close)
         return _Run(plan, past, overrides, group, screen, stops, start).run()
+
+
+def _take_up(config: RunConfig, cwd: Path, stack: ExitStack) -> tuple[Past | None, list[str]]:
+    """Find the run to resume and hold it; return it with what the user should know."""
+    past = find_run(config, cwd, read)
+    if past is None:
+        return None, [f"resume={config.resume}: there is nothing to resume, this is a new run"]
+    lease = Lease(past.paths)
+    stack.callback(lease.release)
+    past = look_again(past, config, read)
+    return past, [notice for notice in (past.notice, lease.notice) if notice]
+
+
+def _begin(config: RunConfig, cwd: Path, stack: ExitStack) -> RunPaths:
+    """Make the folder of a new run and hold it."""
+    paths = create_run(config, cwd)
+    stack.callback(_discard_unused, paths)
+    stack.callback(Lease(paths).release)
+    return paths
+
+
+def _keep_code(plan: RunPlan, past: Past | None) -> list[str]:
+    """Keep the job's source files; return what has changed in them since the run was started."""
+    sources = job_sources(plan.config.job.class_name, plan.config.code_dirs)
+    try:
+        changed = keep_code(sources, plan.paths, 1 + (past.attempts if past is not None else 0))
+    except OSError as error:
+        raise StorageError(f"cannot write in the run folder: {error}") from error
+    return [changed] if changed else []
 
 
 def _discard_unused(paths: RunPaths) -> None:
