@@ -30,6 +30,7 @@ _MEANING = {
     ExitCode.CLUSTER_FAILED: "cluster or start-up failed",
     ExitCode.BUDGET_SPENT: "gave up recovering",
     ExitCode.EXPORT_REFUSED: "trained, but the export was refused",
+    ExitCode.OUT_OF_TIME: "train.max_time_s is over: stopped, resume goes on",
     ExitCode.INTERRUPTED: "interrupted",
     ExitCode.TERMINATED: "terminated",
 }

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,19 +18,30 @@ from orchestrator.control.inline_group import InlineGroup
 from orchestrator.control.launcher import TENSORFLOW_ENV, Zygote, standard_error_in, start_zygote
 from orchestrator.control.preflight import run_checks
 from orchestrator.control.ray_settings import apply_ray_settings
-from orchestrator.control.supervisor import Interrupted, Supervisor
-from orchestrator.errors import ExitCode, ExportError, OrchestratorError, RestoreError
+from orchestrator.control.scratch import scratch_folder
+from orchestrator.control.supervisor import Supervisor
+from orchestrator.errors import (
+    ExitCode,
+    ExportError,
+    Interrupted,
+    OrchestratorError,
+    RestoreError,
+    StorageError,
+)
+from orchestrator.job_code import job_sources, keep_code
+from orchestrator.lease import Lease
 from orchestrator.provenance import provenance
 from orchestrator.runs import (
-    Lease,
     Past,
     compare,
     create_run,
     find_run,
+    look_again,
     merge_overrides,
     read_overrides,
 )
 from orchestrator.screen import Screen
+from orchestrator.signals import Stops
 from orchestrator.spec.config import PROJECT_DIR, flatten, load_config, to_yaml
 from orchestrator.spec.describe import describe, experiment_name, headline
 from orchestrator.spec.environment import inspect_environment
@@ -54,7 +65,10 @@ from orchestrator.track.record import Record
 from orchestrator.train import store
 from orchestrator.weights import find_weights
 
+# How long MLflow may take at the end: of a run that is done, was stopped, or must end at once.
 _FINISH_DEADLINE_S = 60.0
+_STOP_DEADLINE_S = 10.0
+_HURRY_DEADLINE_S = 0.7
 
 
 def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
@@ -74,14 +88,34 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         OrchestratorError: something the user can mend stopped the run; it is on record.
     """
     start = time.monotonic()
+    stops = Stops()
+    with stops:
+        try:
+            return _train(overrides, config_dir, cwd, stops, start)
+        except KeyboardInterrupt:
+            when = "at once" if stops.is_hurried else "before the run had begun"
+            print(f"ended {when}", file=sys.stderr)
+            return stops.exit_code
+
+
+def _train(
+    overrides: list[str], config_dir: Path | None, cwd: Path, stops: Stops, start: float
+) -> ExitCode:
     config = load_config(overrides, config_dir)
-    past = find_run(config, cwd, read) if config.resume is not None else None
-    if past is not None:
-        overrides = merge_overrides(read_overrides(past.paths), overrides)
-        config = load_config(overrides, config_dir)
-    notices = clean_environment(config)
-    apply_ray_settings(config.cluster.name)
     with ExitStack() as stack:
+        past: Past | None = None
+        notices: list[str] = []
+        if config.resume is not None:
+            past, notices = _take_up(config, cwd, stack)
+        if past is not None:
+            overrides = merge_overrides(read_overrides(past.paths), overrides)
+            config = load_config(overrides, config_dir)
+        if config.train.max_time_s is not None:
+            stops.limit(config.train.max_time_s - (time.monotonic() - start))
+        notices = [*clean_environment(config), *notices]
+        apply_ray_settings(config.cluster.name)
+        if config.cluster.name is not ClusterName.existing:
+            stack.enter_context(scratch_folder())
         zygote = _start_zygote(config, stack)
         is_joining = config.cluster.name is ClusterName.existing
         host = _join_cluster(config) if is_joining else local_host()
@@ -89,14 +123,12 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         # A checkpoint of the run itself goes before the weights it once began with.
         is_resumable = past is not None and store.list_checkpoints(past.paths.checkpoints_dir)
         init_from = None if is_resumable else find_weights(config, cwd)
-        paths = past.paths if past is not None else create_run(config, cwd)
-        if past is None:
-            stack.callback(_discard_unused, paths)
-        stack.callback(Lease(paths).release)
+        paths = past.paths if past is not None else _begin(config, cwd, stack)
         plan = make_plan(config, run=paths.root.name, host=host, cwd=cwd)
         plan = dataclasses.replace(plan, init_from=init_from)
         if past is not None:
             notices += compare(past, plan, flatten(config))
+        notices += _keep_code(plan, past)
         screen = stack.enter_context(
             Screen(
                 headline(plan),
@@ -105,14 +137,41 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
                 log=plan.paths.driver_log,
             )
         )
-        if config.resume == "auto" and past is None:
-            notices.append("resume=auto: there is nothing to resume, this is a new run")
         for notice in [*notices, *run_checks(plan)]:
             screen.notice(notice)
         _write_plan(plan, overrides)
         group = _make_group(config, zygote, screen)
         stack.callback(group.close)
-        return _Run(plan, past, overrides, group, screen, start).run()
+        return _Run(plan, past, overrides, group, screen, stops, start).run()
+
+
+def _take_up(config: RunConfig, cwd: Path, stack: ExitStack) -> tuple[Past | None, list[str]]:
+    """Find the run to resume and hold it; return it with what the user should know."""
+    past = find_run(config, cwd, read)
+    if past is None:
+        return None, [f"resume={config.resume}: there is nothing to resume, this is a new run"]
+    lease = Lease(past.paths)
+    stack.callback(lease.release)
+    past = look_again(past, config, read)
+    return past, [notice for notice in (past.notice, lease.notice) if notice]
+
+
+def _begin(config: RunConfig, cwd: Path, stack: ExitStack) -> RunPaths:
+    """Make the folder of a new run and hold it."""
+    paths = create_run(config, cwd)
+    stack.callback(_discard_unused, paths)
+    stack.callback(Lease(paths).release)
+    return paths
+
+
+def _keep_code(plan: RunPlan, past: Past | None) -> list[str]:
+    """Keep the job's source files; return what has changed in them since the run was started."""
+    sources = job_sources(plan.config.job.class_name, plan.config.code_dirs)
+    try:
+        changed = keep_code(sources, plan.paths, 1 + (past.attempts if past is not None else 0))
+    except OSError as error:
+        raise StorageError(f"cannot write in the run folder: {error}") from error
+    return [changed] if changed else []
 
 
 def _discard_unused(paths: RunPaths) -> None:
@@ -197,14 +256,15 @@ class _Run:
         overrides: list[str],
         group: WorkerGroup,
         screen: Screen,
+        stops: Stops,
         start: float,
     ):
         self._plan = plan
         self._past = past
         self._screen = screen
+        self._stops = stops
         self._start = start
         self._tally = Tally()
-        self._signals: list[int] = []
         self._group = group
         facts = make_facts(plan, mask_overrides(overrides))
         if plan.config.tracking.required:
@@ -225,32 +285,29 @@ class _Run:
         """Train, and leave a true record however it ends."""
         status, cause = "FAILED", "the driver failed"
         try:
-            self._install_signals()
+            self._stops.hand_over(self._stop)
+            if self._stops.is_asked:
+                raise Interrupted
             outcome = self._supervise()
             status = "FINISHED" if outcome is Outcome.completed else "KILLED"
             cause = "" if outcome is Outcome.completed else "stopped"
             self._check_proof(outcome)
-        except (Interrupted, KeyboardInterrupt):
-            status, cause = "KILLED", "interrupted twice"
+        except KeyboardInterrupt:
+            status, cause = "KILLED", "ended at once" if self._stops.is_hurried else "stopped"
         except OrchestratorError as error:
             status, cause = "FAILED", str(error)
             self._screen.keep(cause)
             raise
         finally:
             report = self._end(status, cause)
+        self._stops.hand_over(lambda reason: True)  # it is leaving already
         self._summarise(status, report)
-        if status == "FINISHED":
-            return ExitCode.DONE
-        return ExitCode.TERMINATED if self._last_signal == signal.SIGTERM else ExitCode.INTERRUPTED
+        return ExitCode.DONE if status == "FINISHED" else self._stops.exit_code
 
     def _supervise(self) -> Outcome:
         if isinstance(self._group, InlineGroup):
             return self._group.serve(self._supervisor.run)
         return self._supervisor.run()
-
-    @property
-    def _last_signal(self) -> int | None:
-        return self._signals[-1] if self._signals else None
 
     def _observe(self, message: Message) -> None:
         record = to_record(message)
@@ -263,6 +320,7 @@ class _Run:
             self._record.start_tracking()
 
     def _began(self, attempt: int, restore_from: str | None) -> None:
+        self._tally.last_step = store.step_of(Path(restore_from)) if restore_from else 0
         self._record.add(
             {
                 "kind": "AttemptStarted",
@@ -287,20 +345,16 @@ class _Run:
             )
         return None
 
-    def _install_signals(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._signals.append(number)
+    def _stop(self, reason: str) -> bool:
+        """Ask the workers to save and stop; tell whether there are any to wait for."""
         self._supervisor.stop()
-        if len(self._signals) == 1:
-            self._screen.notice(
-                f"{signal.Signals(number).name}: saving, then stopping; again ends it at once"
-            )
+        # Inline the worker has the main thread, and looks for requests itself.
+        can_save = isinstance(self._group, InlineGroup) or self._supervisor.can_save
+        if can_save:
+            self._screen.notice(f"{reason}: saving, then stopping; Ctrl-C ends it at once")
         else:
-            # Whatever the main thread waits for: end it there.
-            raise Interrupted
+            self._screen.notice(f"{reason}: stopping; there is nothing to save")
+        return can_save
 
     def _check_proof(self, outcome: Outcome) -> None:
         """Raise ExportError if the clean process refused the exported model."""
@@ -321,12 +375,26 @@ class _Run:
             )
 
     def _end(self, status: str, cause: str) -> Report:
+        """Close the record; a signal cuts short the wait for MLflow."""
+        self._stops.hand_over(None)
         finished = status == "FINISHED"
         commands = next_commands(self._plan, self._tally.last_step, finished=finished)
+        limit_s = _STOP_DEADLINE_S if status == "KILLED" else _FINISH_DEADLINE_S
         with self._screen.timed("writing the record"):
-            return self._record.end(status, cause, _FINISH_DEADLINE_S, commands)
+            while True:
+                try:
+                    hurried = self._stops.is_hurried
+                    limit_s = _HURRY_DEADLINE_S if hurried else limit_s
+                    return self._record.end(status, cause, limit_s, commands)
+                except KeyboardInterrupt:
+                    limit_s = 0.0
 
     def _summarise(self, status: str, report: Report) -> None:
+        limit_s = self._plan.config.train.max_time_s
+        if self._stops.exit_code is ExitCode.OUT_OF_TIME and not self._tally.steps:
+            self._screen.notice(
+                f"train.max_time_s={limit_s:g} was over before a step was made; raise it"
+            )
         if report.missing:
             self._screen.notice(
                 f"MLflow lacks the last records ({report.missing}); when it is back: "

@@ -17,8 +17,17 @@ class ExitCode(IntEnum):
     CLUSTER_FAILED = 6
     BUDGET_SPENT = 7
     EXPORT_REFUSED = 8
+    OUT_OF_TIME = 75
     INTERRUPTED = 130
     TERMINATED = 143
+
+
+class Interrupted(KeyboardInterrupt):
+    """Everything shall end at once; raised out of whatever the main thread does.
+
+    Ray 2.60 turns whatever a signal handler raises while it waits into KeyboardInterrupt: catch
+    that.
+    """
 
 
 class OrchestratorError(Exception):

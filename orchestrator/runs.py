@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
+import dataclasses
 import secrets
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, RestoreError, StorageError
-from orchestrator.spec.overrides import key_of
+from orchestrator.spec.overrides import GROUPS, key_of
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.secrets import MASK
+from orchestrator.track.facts import FORMAT
 
 # What decides which examples a step uses, and so what the run computes.
 _SAME_RUN = ("job.class_name", "train.global_batch_size", "train.seed", "data.num_examples")
 # What says how one start of a run is made, not what the run is.
 _ONE_START = ("resume", "resume_allow", "run_name")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +36,8 @@ class Past:
         facts: the record the run was started with.
         last_step: the last step any attempt reported.
         start_time: Unix seconds at which it was first started; 0 if nothing is known.
+        format: of its records.
+        notice: why this run was chosen, for the user to read.
     """
 
     paths: RunPaths
@@ -49,6 +47,8 @@ class Past:
     facts: dict[str, Any]
     last_step: int
     start_time: float
+    format: int = FORMAT
+    notice: str = ""
 
     @property
     def name(self) -> str:
@@ -61,13 +61,14 @@ ReadJournal = Callable[[Path], Iterator[dict[str, Any]]]
 
 def look_back(paths: RunPaths, read: ReadJournal) -> Past:
     """Read what a run folder's journal tells."""
-    status, attempts, mlflow_run, last_step = None, 0, None, 0
+    status, attempts, mlflow_run, last_step, format_ = None, 0, None, 0, 0
     facts: dict[str, Any] = {}
     for record in read(paths.journal):
         kind = record.get("kind")
         if kind == "RunStarted":
             facts = facts or record
             status = None
+            format_ = max(format_, int(record.get("format", FORMAT)))
         elif kind == "AttemptStarted":
             attempts = max(attempts, int(record["attempt"]))
         elif kind == "RunEnded":
@@ -77,7 +78,9 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
         elif kind == "BlockDone":
             last_step = max(last_step, int(record["first_step"]) + int(record["num_steps"]))
     start_time = float(facts.get("time", 0.0))
-    return Past(paths, status, attempts, mlflow_run, facts, last_step, start_time)
+    return Past(
+        paths, status, attempts, mlflow_run, facts, last_step, start_time, format_ or FORMAT
+    )
 
 
 def new_run_name(now: datetime, token: str) -> str:
@@ -125,29 +128,83 @@ def find_run(config: RunConfig, cwd: Path, read: ReadJournal) -> Past | None:
     """Find the run that `resume` means; None for `resume=auto` when there is nothing to resume.
 
     Raises:
-        RestoreError: there is no such run.
+        RestoreError: there is no such run of this job, or a newer version has recorded it.
     """
     assert config.resume is not None
-    parent = (cwd / config.runs_dir).resolve() / config.job.name
-    pasts = [look_back(RunPaths(path.parent), read) for path in parent.glob("*/journal.jsonl")]
-    pasts.sort(key=lambda past: (past.start_time, past.name), reverse=True)
-    if config.resume in ("latest", "auto"):
-        unfinished = [past for past in pasts if past.status != "FINISHED"]
-        if unfinished:
-            return unfinished[0]
-        if config.resume == "auto":
-            return None
+    jobs_dir = (cwd / config.runs_dir).resolve()
+    pasts = _runs_of(jobs_dir / config.job.name, read)
+    if config.resume not in ("latest", "auto"):
+        return _readable(_named(config, jobs_dir, pasts, read))
+    unfinished = [past for past in pasts if past.status != "FINISHED"]
+    if unfinished:
+        return _readable(_chosen(unfinished, config.resume))
+    if config.resume == "auto":
+        return None
+    raise RestoreError(
+        f"resume=latest: no unfinished run of job {config.job.name} in "
+        f"{jobs_dir / config.job.name}{_finished_runs(pasts)}; leave resume out to start a new run"
+    )
+
+
+def look_again(past: Past, config: RunConfig, read: ReadJournal) -> Past:
+    """Read once more what a run's journal tells, when its lease is held: nobody else writes there.
+
+    Raises:
+        RestoreError: it has finished meanwhile, and an unfinished run was meant.
+    """
+    again = look_back(past.paths, read)
+    if again.status == "FINISHED" and config.resume in ("latest", "auto"):
         raise RestoreError(
-            f"resume=latest: no unfinished run of job {config.job.name} in {parent}"
-            f"{_finished_runs(pasts)}; leave resume out to start a new run"
+            f"resume={config.resume}: the run {past.name} has finished meanwhile; say it again for "
+            "another one"
         )
+    return dataclasses.replace(again, notice=past.notice)
+
+
+def _runs_of(folder: Path, read: ReadJournal) -> list[Past]:
+    """Return the runs of a job, the newest first."""
+    pasts = [look_back(RunPaths(path.parent), read) for path in folder.glob("*/journal.jsonl")]
+    return sorted(pasts, key=lambda past: (past.start_time, past.name), reverse=True)
+
+
+def _chosen(unfinished: list[Past], resume: str) -> Past:
+    """Return the newest run with the reason."""
+    newest = unfinished[0]
+    others = f", the newest of {len(unfinished)} unfinished runs" if len(unfinished) > 1 else ""
+    how = f"{newest.status or 'not ended'}, {newest.last_step:,} steps"
+    return dataclasses.replace(newest, notice=f"resume={resume}: {newest.name} ({how}){others}")
+
+
+def _named(config: RunConfig, jobs_dir: Path, pasts: list[Past], read: ReadJournal) -> Past:
+    """Return the run with a name or an MLflow id."""
     for past in pasts:
         if config.resume in (past.name, past.mlflow_run):
             return past
+    for folder in sorted(jobs_dir.glob("*/")):
+        for past in _runs_of(folder, read) if folder.name != config.job.name else []:
+            if config.resume in (past.name, past.mlflow_run):
+                raise RestoreError(
+                    f"resume={config.resume} is a run of job {folder.name}, not of "
+                    f"{config.job.name}; train it with job={folder.name}, or begin with its "
+                    f"weights: train.init_from={past.paths.checkpoints_dir}/step-..."
+                )
     names = ", ".join(past.name for past in pasts[:5]) or "none"
     raise RestoreError(
-        f"resume={config.resume}: no run of job {config.job.name} in {parent} has this name or "
-        f"MLflow id; newest there: {names}"
+        f"resume={config.resume}: no run of job {config.job.name} in "
+        f"{jobs_dir / config.job.name} has this name or MLflow id; newest there: {names}"
+    )
+
+
+def _readable(past: Past) -> Past:
+    """Refuse records that mean something this version does not know."""
+    if past.format <= FORMAT:
+        return past
+    tags = past.facts.get("facts", {}).get("tags", {})
+    version = tags.get("orchestrator.version.orchestrator")
+    by = f" by version {version}" if version else ""
+    raise RestoreError(
+        f"the run {past.name} was recorded in format {past.format}{by}; this version reads up to "
+        f"{FORMAT}. Resume it with the version that made it"
     )
 
 
@@ -165,9 +222,19 @@ def read_overrides(paths: RunPaths) -> list[str]:
 
 
 def merge_overrides(before: list[str], given: list[str]) -> list[str]:
-    """Return both, where what is given now replaces the same key of before."""
+    """Return both, where what is given now replaces the same key of before.
+
+    Another choice in a group, such as `strategy=mirrored`, also replaces what was said about the
+    keys of the earlier choice.
+    """
     keys = {key_of(override) for override in given}
-    return [*(override for override in before if key_of(override) not in keys), *given]
+    groups = tuple(
+        f"{key}."
+        for key in keys & set(GROUPS) - {"job"}
+        if not {o for o in given if key_of(o) == key} <= set(before)
+    )
+    kept = [o for o in before if key_of(o) not in keys and not key_of(o).startswith(groups)]
+    return [*kept, *given]
 
 
 def compare(past: Past, plan: RunPlan, params: Mapping[str, str]) -> list[str]:
@@ -203,51 +270,3 @@ def compare(past: Past, plan: RunPlan, params: Mapping[str, str]) -> list[str]:
             f"examples each step sees; resume with the old ones, or say resume_allow=[{names}]"
         )
     return [f"since the run was started: {line}" for line in changed.values()]
-
-
-class Lease:
-    """The right to write in a run folder: a lock that ends with the process that holds it."""
-
-    def __init__(self, paths: RunPaths):
-        """Take the lease.
-
-        Raises:
-            StorageError: another living process holds it; the message names the holder.
-        """
-        self._path = paths.lease
-        try:
-            self._file = self._path.open("a+")
-        except OSError as error:
-            raise StorageError(f"cannot write in the run folder: {error}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            raise StorageError(
-                f"the run {paths.root.name} is held by {_holder(self._file.read())}; wait for it "
-                "to end, or stop it"
-            ) from error
-        self._file.seek(0)
-        self._file.truncate()
-        boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
-        holder = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "boot_id": boot_id,
-            "since": time.time(),
-        }
-        self._file.write(json.dumps(holder))
-        self._file.flush()
-
-    def release(self) -> None:
-        """Give the lease back."""
-        self._file.close()
-
-
-def _holder(text: str) -> str:
-    try:
-        holder = json.loads(text)
-        since = datetime.fromtimestamp(holder["since"])
-        return f"process {holder['pid']} on {holder['host']} since {since:%Y-%m-%d %H:%M:%S}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"

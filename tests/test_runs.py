@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +13,11 @@ import pytest
 
 from orchestrator.errors import ConfigError, RestoreError, StorageError
 from orchestrator.runs import (
-    Lease,
     Past,
     compare,
     create_run,
     find_run,
+    look_again,
     look_back,
     merge_overrides,
     new_run_name,
@@ -31,10 +25,10 @@ from orchestrator.runs import (
 )
 from orchestrator.spec.config import flatten
 from orchestrator.spec.paths import RunPaths
+from orchestrator.track.facts import FORMAT
 from orchestrator.track.journal import Journal, read
 from tests.plans import tiny_config, tiny_plan
 
-ROOT = Path(__file__).parents[1]
 STARTED = {"kind": "RunStarted", "time": 1.0, "facts": {"params": {}}}
 
 
@@ -214,6 +208,44 @@ def test_an_unknown_run_is_told_when_there_are_none(tmp_path: Path) -> None:
         found_name(tmp_path, "first")
 
 
+def test_it_is_said_which_unfinished_run_was_chosen(tmp_path: Path) -> None:
+    write_run(tmp_path, "20260101-000000-aaaa", STARTED)
+    write_run(tmp_path, "20260102-000000-aaaa", STARTED, block(0, 1200), ended("KILLED"))
+    past = find_run(tiny_config(resume="latest"), tmp_path, read)
+    assert past is not None
+    assert past.notice == (
+        "resume=latest: 20260102-000000-aaaa (KILLED, 1,200 steps), the newest of 2 unfinished runs"
+    )
+
+
+@pytest.mark.parametrize("resume", ["first", "0123abcd"])
+def test_a_run_of_another_job_is_named_with_its_job(resume: str, tmp_path: Path) -> None:
+    write_run(tmp_path, "first", STARTED, {"kind": "MlflowRun", "run_id": "0123abcd"})
+    config = tiny_config(resume=resume, job__name="other")
+    with pytest.raises(RestoreError, match=rf"resume={resume} is a run of job tiny, not of other"):
+        find_run(config, tmp_path, read)
+
+
+@pytest.mark.parametrize("resume", ["first", "latest", "auto"])
+def test_a_run_of_a_newer_format_is_refused_by_name(resume: str, tmp_path: Path) -> None:
+    write_run(tmp_path, "first", {**STARTED, "format": FORMAT + 1})
+    with pytest.raises(RestoreError, match=r"run first was recorded in format 2.*up to 1"):
+        found_name(tmp_path, resume)
+
+
+def test_a_run_that_finished_before_it_was_held_is_not_trained_again(tmp_path: Path) -> None:
+    paths = write_run(tmp_path, "first", STARTED)
+    config = tiny_config(resume="auto")
+    past = find_run(config, tmp_path, read)
+    assert past is not None
+    journal = Journal(paths.journal)
+    journal.append(ended("FINISHED"))
+    with pytest.raises(RestoreError, match=r"resume=auto: the run first has finished meanwhile"):
+        look_again(past, config, read)
+    # Who names a finished run means it.
+    assert look_again(past, tiny_config(resume="first"), read).status == "FINISHED"
+
+
 # Overrides of a run that is resumed.
 
 
@@ -234,6 +266,9 @@ def test_a_run_without_a_file_of_overrides_had_none(tmp_path: Path) -> None:
     assert read_overrides(RunPaths(tmp_path)) == []
 
 
+MIRRORED = ["strategy=mirrored"]
+
+
 @pytest.mark.parametrize(
     ("before", "given", "merged"),
     [
@@ -248,6 +283,14 @@ def test_a_run_without_a_file_of_overrides_had_none(tmp_path: Path) -> None:
         (["job.args.x=1"], ["++job.args.x=2"], ["++job.args.x=2"]),
         (["job.args.x=1"], ["~job.args.x"], ["~job.args.x"]),
         (["train.epochs=3"], ["train.epoch=5"], ["train.epochs=3", "train.epoch=5"]),
+        # Another choice in a group takes what was said about the earlier one with it.
+        (["strategy=multi_worker", "strategy.num_workers=2"], ["strategy=mirrored"], MIRRORED),
+        (["strategy.num_workers=2"], ["strategy=mirrored"], MIRRORED),
+        (
+            ["strategy=mirrored", "strategy.devices_per_worker=2"],
+            ["strategy=mirrored"],
+            ["strategy.devices_per_worker=2", "strategy=mirrored"],
+        ),
     ],
 )
 def test_an_override_given_on_resume_replaces_the_one_of_before(
@@ -338,66 +381,3 @@ def test_a_plan_that_ends_before_the_steps_made_is_refused_with_both(tmp_path: P
 
 def test_a_plan_that_ends_at_the_steps_made_is_not_refused(tmp_path: Path) -> None:
     assert compared(past_of(tmp_path, last_step=12), tmp_path) == []
-
-
-# Who holds a run.
-
-HOLD = """
-import sys
-from pathlib import Path
-from orchestrator.runs import Lease
-from orchestrator.spec.paths import RunPaths
-lease = Lease(RunPaths(Path(sys.argv[1])))
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Let another process hold the lease of a run folder."""
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-
-
-def test_a_run_held_by_another_process_names_process_host_and_time(tmp_path: Path) -> None:
-    with held_elsewhere(tmp_path) as holder, pytest.raises(StorageError) as caught:
-        Lease(RunPaths(tmp_path))
-    text = str(caught.value)
-    assert f"the run {tmp_path.name} is held by process {holder.pid}" in text
-    assert re.search(rf"on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:", text)
-
-
-def test_a_refused_lease_leaves_the_holders_name_in_place(tmp_path: Path) -> None:
-    with held_elsewhere(tmp_path) as holder:
-        for _ in range(2):
-            with pytest.raises(StorageError, match=f"process {holder.pid} "):
-                Lease(RunPaths(tmp_path))
-
-
-def test_a_run_whose_holder_was_killed_is_free(tmp_path: Path) -> None:
-    with held_elsewhere(tmp_path) as holder:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        Lease(RunPaths(tmp_path)).release()
-
-
-def test_a_run_that_was_given_back_is_free(tmp_path: Path) -> None:
-    Lease(RunPaths(tmp_path)).release()
-    Lease(RunPaths(tmp_path)).release()
-
-
-def test_a_run_is_held_once_within_a_process_too(tmp_path: Path) -> None:
-    lease = Lease(RunPaths(tmp_path))
-    with pytest.raises(StorageError, match=f"process {os.getpid()} "):
-        Lease(RunPaths(tmp_path))
-    lease.release()
-
-
-def test_a_lease_in_a_folder_that_is_not_there_is_a_failure_of_storage(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot write in the run folder"):
-        Lease(RunPaths(tmp_path / "gone"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import signal
 import socket
 import sys
@@ -93,13 +94,16 @@ class Agent:
     def reserve_port(self, first: int, last: int) -> int:
         """Bind a port of the range and keep it from others until the worker is started.
 
-        TensorFlow's server shares its port with nobody, so it is let go just before.
+        TensorFlow's server shares its port with nobody, so it is let go just before. Runs that
+        share a range rarely meet, because each begins to look somewhere else.
 
         Raises:
             StartFailed: every port of the range is taken.
         """
         self._release_port()
-        for port in range(first, last + 1):
+        ports = range(first, last + 1)
+        begin = secrets.randbelow(len(ports))
+        for port in [*ports[begin:], *ports[:begin]]:
             reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             try:
                 reserved.bind(("", port))

@@ -100,6 +100,7 @@ class InlineGroup:
 
     def kill(self) -> None:
         """Wait for the worker's end: nothing but itself can end it."""
+        self._asked.put(Request.SAVE_AND_STOP)
         self._idle.wait()
         _drained(self._told)
 

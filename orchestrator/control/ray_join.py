@@ -5,6 +5,7 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,15 @@ _NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cac
 def start_local(plan: RunPlan) -> None:
     """Start a Ray for one run, on loopback, with what the plan needs."""
     gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
-    with _signal_handlers_kept(), _without_services(), _any_agent_port(), _short_looks():
+    with ExitStack() as stack:
+        for changed in (
+            _signal_handlers_kept,
+            _session_of_its_own,
+            _without_services,
+            _any_agent_port,
+            _short_looks,
+        ):
+            stack.enter_context(changed())
         ray.init(
             address="local",
             num_cpus=plan.num_workers * plan.cpus_per_worker,
@@ -182,13 +191,46 @@ def _short_looks() -> Iterator[None]:
 
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
-    """Put signal handlers back: Ray's core takes SIGTERM, in C++, and dies of it (Ray 2.60)."""
+    """Keep the signal handlers of this process.
+
+    `ray.init` of Ray 2.60 replaces that of SIGTERM (`_private/worker.py`), so a signal that comes
+    meanwhile would end the driver with exit code 15; and its core takes SIGTERM, in C++, and dies
+    of it. Another Ray, without the name, only has the handlers put back.
+    """
+    from ray._private import utils
+
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    replace = getattr(utils, "set_sigterm_handler", None)
+    if replace is not None:
+        utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
+        if replace is not None:
+            utils.set_sigterm_handler = replace
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _session_of_its_own() -> Iterator[None]:
+    """Start Ray's processes where signals to the command's process group do not reach them.
+
+    A terminal, `timeout` and batch systems send theirs to the whole group; without its Ray the
+    driver could not let the workers save. Ray 2.60 starts all of them in `_private/services.py`;
+    another Ray, without the name, starts them in the driver's group.
+    """
+    from ray._private import services
+
+    popen = getattr(services, "ConsolePopen", None)
+    if popen is None:
+        yield
+        return
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _dial(address: str) -> None:

@@ -12,8 +12,8 @@ from orchestrator.control.policy import Failure, GiveUp, Retry, decide
 from orchestrator.control.story import first_failure, start_failure, tell, tells_all
 from orchestrator.control.watch import describe_stall, stalled
 from orchestrator.control.worker_process import log_tail
-from orchestrator.errors import ClusterError, JobError, StartFailed
-from orchestrator.spec.messages import Cause, Death, Message, Outcome, Request
+from orchestrator.errors import ClusterError, Interrupted, JobError, StartFailed
+from orchestrator.spec.messages import Cause, Death, Message, Outcome, Phase, Request
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
@@ -22,10 +22,8 @@ _POLL_S = 0.2
 _STORY_S = 1.5
 # How long dumping Python stacks may take before the stalled group is ended.
 _STACKS_S = 0.5
-
-
-class Interrupted(Exception):
-    """The user asked twice to stop: everything was ended at once."""
+# How long a stop waits for the first block of an attempt, which may compile for minutes.
+_FIRST_BLOCK_S = 15.0
 
 
 class Supervisor:
@@ -64,12 +62,18 @@ class Supervisor:
         self._next_attempt = first_attempt
         self._clock = clock
         self._stops = 0
-        self._stop_sent = False
+        self._stop_sent_at: float | None = None
+        self._listening = False
         self._history: list[Failure] = []
 
     def stop(self) -> None:
         """Save and stop; when called again, end everything now. Safe in signal handlers."""
         self._stops += 1
+
+    @property
+    def can_save(self) -> bool:
+        """Whether there are workers that a stop is passed on to; else it need not wait."""
+        return self._listening
 
     def run(self) -> Outcome:
         """Run to the end.
@@ -89,15 +93,17 @@ class Supervisor:
             try:
                 outcome = self._attempt(attempt, found[1] if found else None)
             finally:
+                self._listening = False
                 self._group.kill()
             if outcome is not None:
                 return outcome
             self._bury(number)
-            self._recover(attempt)
+            if self._recover(attempt) is Outcome.stopped:
+                return Outcome.stopped
 
     def _attempt(self, attempt: Attempt, restore_from: str | None) -> Outcome | None:
         """Run one attempt; None if it failed."""
-        self._stop_sent = False
+        self._stop_sent_at = None
         try:
             self._group.start(self._plan, attempt.number, restore_from)
         except (ClusterError, StartFailed) as error:
@@ -110,15 +116,16 @@ class Supervisor:
         now = self._clock()
         for seen in attempt.workers.values():
             seen.heard = now
+        self._listening = True
         while not attempt.failures:
-            if self._stops and not attempt.ready:
-                return Outcome.stopped  # there is nothing to save yet
+            if self._stops and self._has_nothing_to_save(attempt):
+                return Outcome.stopped
             self._pass_on_stop()
             self._listen(attempt)
             if attempt.outcome is not None:
-                self._end_well(attempt.outcome)
-                return attempt.outcome
+                return self._end_well(attempt.outcome)
             self._watch(attempt)
+        self._listening = False
         self._hear_the_others(attempt)
         return None
 
@@ -130,15 +137,32 @@ class Supervisor:
     def _pass_on_stop(self) -> None:
         if self._stops > 1:
             raise Interrupted
-        if self._stops and not self._stop_sent:
-            self._stop_sent = True
+        if self._stops and self._stop_sent_at is None:
+            self._stop_sent_at = self._clock()
             self._group.request(Request.SAVE_AND_STOP)
 
-    def _end_well(self, outcome: Outcome) -> None:
+    def _has_nothing_to_save(self, attempt: Attempt) -> bool:
+        """Tell whether all that an attempt has made is in a checkpoint already, or nothing yet."""
+        if not attempt.ready or attempt.workers[0].phase is Phase.exporting:
+            return True
+        asked = self._stop_sent_at
+        return (
+            not attempt.made_steps
+            and asked is not None
+            and self._clock() - asked > _FIRST_BLOCK_S
+            and attempt.workers[0].phase is Phase.tracing
+        )
+
+    def _end_well(self, outcome: Outcome) -> Outcome:
+        """Prove the export of a completed run, unless a stop cannot wait for that."""
+        self._listening = False
         if outcome is Outcome.completed and self._plan.config.export.enabled:
+            if self._stops:
+                return Outcome.stopped
             # Workers that have ended wait to be ended; the proof needs their memory.
             self._group.kill()
             self._group.prove_export()
+        return outcome
 
     def _watch(self, attempt: Attempt) -> None:
         """Turn silence beyond patience into a death of the worker that is behind."""
@@ -187,15 +211,20 @@ class Supervisor:
             staging.rename(grave)
             shutil.rmtree(grave, ignore_errors=True)
 
-    def _recover(self, attempt: Attempt) -> None:
-        """Ask the policy; return to retry, raise to give up."""
+    def _recover(self, attempt: Attempt) -> Outcome | None:
+        """Ask the policy; return to retry, or that the run has stopped; raise to give up."""
         found = self._newest_checkpoint()
         failure = first_failure(attempt, self._plan.paths, found[0] if found else None)
         self._history.append(failure)
         decision = decide(self._history, self._plan.config.recovery)
+        step = failure.checkpoint_step or 0
         if self._stops and isinstance(decision, Retry):
-            is_jobs = failure.cause is Cause.job
-            decision = GiveUp(JobError if is_jobs else ClusterError, "it failed while stopping")
+            if failure.cause is not Cause.job:
+                # What ends a host ends workers and driver in any order.
+                told = tell(failure, f"it failed while stopping; the newest checkpoint is {step:,}")
+                self._notice(told)
+                return Outcome.stopped
+            decision = GiveUp(JobError, "it failed while stopping")
         if isinstance(decision, GiveUp):
             story = tell(failure, decision.reason)
             if failure.checkpoint_step:
@@ -203,5 +232,5 @@ class Supervisor:
                     f"\nit can go on from step {failure.checkpoint_step:,}: resume={self._plan.run}"
                 )
             raise decision.error(story)
-        step = failure.checkpoint_step or 0
         self._notice(f"retry {decision.number} of {decision.limit} from step {step:,}")
+        return None

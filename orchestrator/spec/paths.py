@@ -91,6 +91,15 @@ class RunPaths:
         return self.root / "model.txt"
 
     @property
+    def code_dir(self) -> Path:
+        """Copies of the job's source files as the run was last started with them."""
+        return self.root / "code"
+
+    def code_diff(self, attempt: int) -> Path:
+        """How the job's source files had changed when an attempt was the next one."""
+        return self.root / f"code-before-attempt-{attempt}.diff"
+
+    @property
     def profile_dir(self) -> Path:
         """What TensorFlow's profiler wrote; TensorBoard reads it."""
         return self.root / "profile"

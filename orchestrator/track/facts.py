@@ -10,6 +10,9 @@ from typing import Any
 
 from orchestrator.spec.secrets import mask_text
 
+# Of a run's records; a version that changes their meaning counts on.
+FORMAT = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
@@ -40,7 +43,7 @@ class RunFacts:
     def record(self, time: float) -> dict[str, Any]:
         """Return the journal's record of these facts; credentials in the address stay out."""
         facts = {**dataclasses.asdict(self), "tracking_uri": mask_text(self.tracking_uri)}
-        return {"kind": "RunStarted", "time": time, "facts": facts}
+        return {"kind": "RunStarted", "time": time, "format": FORMAT, "facts": facts}
 
     @staticmethod
     def from_record(record: Mapping[str, Any], root: Path) -> RunFacts:

@@ -13,6 +13,9 @@ from orchestrator.track.journal import Journal
 from orchestrator.track.mlflow_projection import Projection, Report
 from orchestrator.track.report import write_report
 
+# What drawing and writing the page of a run may take.
+_PAGE_S = 5.0
+
 
 class Record:
     """Journals what happens; MLflow's thread follows the journal."""
@@ -29,6 +32,7 @@ class Record:
         self._paths = RunPaths(path.parent)
         self._notice = notice
         self._journal = Journal(path)
+        self._has_ended = False
         self._projection = Projection(facts, keep=self._append, notice=notice)
         self.add(facts.record(time.time()))
 
@@ -49,15 +53,20 @@ class Record:
     ) -> Report:
         """Write down how the run ended, tell it on a page, and bring MLflow up to date.
 
+        May be called again when it was broken off by an exception.
+
         Args:
             status: FINISHED, FAILED or KILLED.
             cause: why it did not finish.
-            deadline_s: how long to wait for MLflow at most.
+            deadline_s: how long to wait for MLflow at most; a short one leaves the page out.
             commands: what can be done next: a word and the command to copy.
         """
-        ended = {"kind": "RunEnded", "time": time.time(), "status": status, "cause": cause}
-        self.add({**ended, "commands": [list(command) for command in commands]})
-        self._tell()
+        if not self._has_ended:
+            ended = {"kind": "RunEnded", "time": time.time(), "status": status, "cause": cause}
+            self.add({**ended, "commands": [list(command) for command in commands]})
+            self._has_ended = True
+            if deadline_s > _PAGE_S:
+                self._tell()
         report = self._projection.finish(status, deadline_s)
         self._journal.close()
         return report

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.spec.messages import BlockDone, Evaluated, Notice, Outcome, Phase, Request
+from orchestrator.spec.messages import BlockDone, Evaluated, Outcome, Phase, Request
 from orchestrator.spec.plan import RunPlan
 from orchestrator.train.agreement import Agreement, Wish
 from orchestrator.train.audit import Audit
@@ -60,7 +60,7 @@ class Loop:
         self._schedule = Schedule(parts.plan)
         train = parts.plan.config.train
         self._length = BlockLength(train.block_s, train.max_block_steps)
-        self._began = self._last_save = parts.clock()
+        self._last_save = parts.clock()
         self._is_chief = parts.worker == 0
         self._is_best = False
 
@@ -96,7 +96,6 @@ class Loop:
             if decision.finish:
                 return Outcome.completed, step
             if decision.stop and step < self._plan.total_steps:
-                self._explain_stop()
                 return Outcome.stopped, step
             num_steps = self._schedule.clip(step, decision.number)
         return Outcome.completed, step
@@ -173,26 +172,11 @@ class Loop:
         best = self._parts.best
         return Wish(
             save=due or self._is_best or Request.SAVE in requests,
-            stop=Request.SAVE_AND_STOP in requests or self._is_out_of_time(),
+            stop=Request.SAVE_AND_STOP in requests,
             finish=self._is_chief and best is not None and best.is_exhausted,
             guilty=not result.local_finite.all(),
             number=self._length.steps,
         )
-
-    def _is_out_of_time(self) -> bool:
-        """Tell whether the chief's clock has reached `train.max_time_s` in this attempt."""
-        limit_s = self._plan.config.train.max_time_s
-        return (
-            self._is_chief and limit_s is not None and self._parts.clock() - self._began >= limit_s
-        )
-
-    def _explain_stop(self) -> None:
-        if self._is_out_of_time():
-            text = (
-                f"train.max_time_s={self._plan.config.train.max_time_s:g} is over: saved at step "
-                f"{self._parts.reporter.step:,}; resume={self._plan.run} goes on"
-            )
-            self._parts.reporter.tell(Notice, text=text)
 
     def _evaluate(self, step: int) -> None:
         parts = self._parts

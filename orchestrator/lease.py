@@ -1,0 +1,101 @@
+"""Who may write in a run folder: one driver at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from datetime import datetime
+from pathlib import Path
+
+from orchestrator.errors import StorageError
+from orchestrator.spec.paths import RunPaths
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Lease:
+    """The right to write in a run folder: a lock that ends with the process that holds it.
+
+    Also with its host: the kernel, or the server of a network file system, gives the lock back.
+
+    Attributes:
+        notice: whose lease was taken over because the holder is gone; empty if it was free.
+    """
+
+    def __init__(self, paths: RunPaths):
+        """Take the lease.
+
+        Raises:
+            StorageError: another living process holds it, which the message names, or the folder
+                cannot be written or knows no locks.
+        """
+        root = str(paths.root)
+        try:
+            self._file = paths.lease.open("a+")
+        except OSError as error:
+            raise StorageError(
+                f"cannot write in the run folder {root}: {error.strerror}; make it writable, or "
+                "copy it below another runs_dir and resume it there"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = self._read()
+            self._file.close()
+            raise _refusal(paths, error, holder) from error
+        before = self._read()
+        # A copy of a folder brings its lease along, and says nothing about this one.
+        is_left = before.get("root") == root
+        self.notice = f"{_words(before)} is gone; its lease was taken over" if is_left else ""
+        self._write(
+            {
+                "root": root,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "boot_id": _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
+                "since": time.time(),
+            }
+        )
+
+    def release(self) -> None:
+        """Give the lease back; again does nothing."""
+        if not self._file.closed:
+            self._write(None)
+            self._file.close()
+
+    def _read(self) -> dict[str, object]:
+        self._file.seek(0)
+        try:
+            holder = json.loads(self._file.read())
+        except ValueError:
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+    def _write(self, holder: dict[str, object] | None) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(json.dumps(holder) if holder is not None else "")
+        self._file.flush()
+
+
+def _refusal(paths: RunPaths, error: OSError, holder: dict[str, object]) -> StorageError:
+    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        return StorageError(
+            f"the file system of {paths.root} knows no locks: {error.strerror}; two drivers could "
+            "write there at once. Set runs_dir to a folder on one that does"
+        )
+    return StorageError(
+        f"the run {paths.root.name} is held by {_words(holder)}; wait for it to end, or stop it"
+    )
+
+
+def _words(holder: dict[str, object]) -> str:
+    try:
+        since = datetime.fromtimestamp(float(str(holder["since"])))
+        return f"process {holder['pid']} on {holder['host']} since {since:%Y-%m-%d %H:%M:%S}"
+    except (ValueError, KeyError):
+        return "another process"

@@ -1,0 +1,53 @@
+"""What holds for every fault: nothing is left behind. `FAULTS=all` runs the thorough tests too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import mlflow_server, ray_cluster
+from tests.cluster.rig import wait_for
+from tests.faults.leftovers import Leftovers
+
+__all__ = ["mlflow_server", "ray_cluster"]
+
+# How long what is on its way out may take.
+_GRACE_S = 10.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: takes long; run with FAULTS=all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, unless it is asked for."""
+    if os.environ.get("FAULTS") == "all":
+        return
+    thorough = [item for item in items if item.get_closest_marker("thorough")]
+    if thorough:
+        config.hook.pytest_deselected(items=thorough)
+        items[:] = [item for item in items if item not in thorough]
+
+
+@pytest.fixture(autouse=True)
+def leftovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+    """Fail the test if its commands leave processes, ports, files or shared memory behind.
+
+    Session fixtures, such as a cluster, are older and do not count.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))  # short: sockets lie below
+    monkeypatch.setenv("TMPDIR", str(folder))
+    seen = Leftovers(folder)
+    try:
+        yield seen
+        try:
+            wait_for(lambda: not seen.found(), "nothing to be left", _GRACE_S)
+        except AssertionError:
+            pytest.fail("left behind:\n" + "\n".join(seen.found()))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,205 @@
+"""Signals and limits of time: a run saves, ends, and goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.train.store import newest_valid, step_of
+from tests.cluster.rig import (
+    database,
+    finish,
+    interrupt,
+    is_alive,
+    last_step,
+    records,
+    runs_in,
+    wait_for,
+)
+from tests.faults import rig
+from tests.faults.rig import JOB, QUIET, TWO, ended, paced, status, wait_for_record
+
+# A stop has 30 s; these machines are shared.
+_STOP_S = 30.0
+_NOW_S = 2.0
+_SLACK_S = 1.5
+
+
+def newest(run: rig.RunPaths) -> int:
+    """Return the step of the newest valid checkpoint; 0 without one."""
+    path = newest_valid(run.checkpoints_dir).path
+    return step_of(path) if path is not None else 0
+
+
+def test_a_stop_while_ray_starts_is_quick_and_leaves_no_run_without_a_record(
+    tmp_path: Path,
+) -> None:
+    process = paced(*QUIET, "run_name=early", cwd=tmp_path)
+    run = wait_for_record(tmp_path, "AttemptStarted")
+    begin = time.monotonic()
+    interrupt(process, signal.SIGTERM)
+    out = finish(process, tmp_path)
+    assert out.code == 143, out.out
+    assert time.monotonic() - begin < 15
+    assert "SIGTERM: stopping; there is nothing to save" in out.out
+    assert status(run) == "KILLED"
+
+
+def test_a_stop_before_there_is_a_run_leaves_no_folder(tmp_path: Path) -> None:
+    process = paced(*QUIET, cwd=tmp_path)
+    # The driver catches signals when it holds its first child, the watcher or the zygote.
+    wait_for(lambda: _children(process.pid), "the driver's first child")
+    interrupt(process, signal.SIGINT)
+    out = finish(process, tmp_path)
+    assert out.code == 130, out.out
+    assert not list((tmp_path / "runs").glob("*/*")) or status(runs_in(tmp_path)[-1]) == "KILLED"
+    assert "Traceback" not in out.out
+
+
+def _children(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param("loading data", marks=pytest.mark.thorough),
+        pytest.param("building", marks=pytest.mark.thorough),
+        "tracing",
+        pytest.param("evaluating", marks=pytest.mark.thorough),
+    ],
+)
+def test_a_stop_in_any_phase_saves_what_was_made(tmp_path: Path, phase: str) -> None:
+    lingering = f"job.args.linger='{phase}'"
+    process = paced("train.eval_every_steps=30", lingering, *TWO, cwd=tmp_path)
+    run = wait_for_record(tmp_path, "Beacon", phase=phase)
+    begin = time.monotonic()
+    interrupt(process, signal.SIGTERM)
+    out = finish(process, tmp_path)
+    assert out.code == 143, out.out
+    assert time.monotonic() - begin < _STOP_S
+    assert newest(run) == last_step(run), out.out
+    assert status(run) == "KILLED"
+    if records(run, "BlockDone"):
+        assert [row["status"] for row in database(tmp_path)] == ["KILLED"]
+
+
+def test_a_stop_while_exporting_leaves_only_the_export_to_be_done(tmp_path: Path) -> None:
+    process = paced("train.steps=40", "job.args.linger=exporting", cwd=tmp_path)
+    run = wait_for_record(tmp_path, "Beacon", phase="exporting")
+    begin = time.monotonic()
+    interrupt(process, signal.SIGTERM)
+    out = finish(process, tmp_path)
+    assert out.code == 143, out.out
+    assert time.monotonic() - begin < _STOP_S
+    assert status(run) == "KILLED" and newest(run) == 40
+
+    again = ended("resume=latest", "job.args.linger=nowhere", cwd=tmp_path)
+    assert again.code == 0, again.out
+    assert not [r for r in records(run, "BlockDone") if r["attempt"] > 1]
+    assert status(run) == "FINISHED" and run.proof.exists()
+    assert [row["status"] for row in database(tmp_path)] == ["FINISHED"]
+
+
+def test_a_second_signal_ends_all_in_two_seconds(tmp_path: Path) -> None:
+    # Steps of five seconds: the first signal waits for one.
+    process = paced("job.args.step_ms=5000", *TWO, *QUIET, cwd=tmp_path)
+    run = wait_for_record(tmp_path, "Beacon", phase="stepping")
+    pids = [record["pid"] for record in records(run, "Ready")]
+    interrupt(process)
+    wait_for(lambda: "SIGINT" in run.driver_log.read_text(), "the first signal")
+    begin = time.monotonic()
+    interrupt(process)
+    out = finish(process, tmp_path)
+    took_s = time.monotonic() - begin
+    assert out.code == 130, out.out
+    assert took_s < _NOW_S + _SLACK_S
+    assert not any(map(is_alive, pids))
+    assert status(run) == "KILLED"
+
+
+def test_the_whole_process_group_may_get_the_signal(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orchestrator", "train", *JOB, *TWO, *QUIET]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    run = wait_for_record(tmp_path, "Saved")
+    rig.signal_group(process, signal.SIGTERM)
+    out = finish(process, tmp_path)
+    assert out.code == 143, out.out
+    assert newest(run) == last_step(run)
+
+
+@pytest.mark.thorough
+def test_a_worker_that_gets_sigterm_lets_all_save(tmp_path: Path) -> None:
+    process = paced(*TWO, *QUIET, cwd=tmp_path)
+    run = wait_for_record(tmp_path, "Saved")
+    pids = rig.wait_for_attempt_step(run, 1, 30)
+    os.kill(pids[1], signal.SIGTERM)
+    out = finish(process, tmp_path)
+    assert out.code == 143, out.out
+    assert newest(run) == last_step(run)
+    assert rig.attempts(run) == [1] and status(run) == "KILLED"
+
+
+def test_the_time_counts_from_the_command_and_resume_goes_on(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    first = ended("train.max_time_s=12", "train.steps=2000", *QUIET, cwd=tmp_path)
+    assert first.code == 75, first.out
+    assert time.monotonic() - begin < 12 + _STOP_S
+    run = first.run
+    assert 0 < newest(run) == last_step(run) < 2000
+    assert "train.max_time_s is over: saving, then stopping" in first.out
+    steps = last_step(run) + 20
+    again = ended("resume=auto", "train.max_time_s=null", f"train.steps={steps}", cwd=tmp_path)
+    assert again.code == 0, again.out
+    assert len(runs_in(tmp_path)) == 1 and last_step(run) == steps
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_at_a_random_moment_of_the_start_ends_well(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    for tenth in range(4, 60, 7):
+        process = paced(*QUIET, cwd=tmp_path)
+        try:
+            process.wait(tenth / 10)
+        except subprocess.TimeoutExpired:
+            interrupt(process, number)
+        begin = time.monotonic()
+        out = finish(process, tmp_path)
+        assert out.code in (128 + number, -number), (tenth, out.out)
+        assert time.monotonic() - begin < 15, (tenth, out.out)
+        assert "Traceback" not in out.out, (tenth, out.out)
+
+
+@pytest.mark.thorough
+def test_nohup_is_heeded(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-m", "orchestrator", "train", *JOB, *QUIET],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_record(tmp_path, "Saved")
+    interrupt(process, signal.SIGHUP)
+    assert finish(process, tmp_path).code == 0
