@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from orchestrator.control.folders import prepare
 from orchestrator.spec.messages import (
     BlockDone,
     Cause,
@@ -43,6 +44,7 @@ def live(
     """Run a worker of the tiny plan and return what it told."""
     plan = tiny_plan(folder, **changes)
     told: list[Message] = []
+    prepare(plan.paths, attempt)
     order = WorkerOrder(
         plan=plan,
         worker=0,
