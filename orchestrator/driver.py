@@ -19,8 +19,9 @@ from orchestrator.control.launcher import TENSORFLOW_ENV, Zygote, standard_error
 from orchestrator.control.preflight import run_checks
 from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.supervisor import Interrupted, Supervisor
-from orchestrator.errors import ExitCode, ExportError, OrchestratorError, RestoreError
+from orchestrator.errors import ExitCode, ExportError, OrchestratorError
 from orchestrator.provenance import provenance
+from orchestrator.resumption import Checkpoints
 from orchestrator.runs import (
     Lease,
     Past,
@@ -217,7 +218,7 @@ class _Run:
             observe=self._observe,
             began=self._began,
             notice=screen.notice,
-            newest_checkpoint=self._newest_checkpoint,
+            newest_checkpoint=Checkpoints(plan.paths, read, screen.notice).newest,
             first_attempt=1 + (past.attempts if past is not None else 0),
         )
 
@@ -271,21 +272,6 @@ class _Run:
                 "restore_from": restore_from,
             }
         )
-
-    def _newest_checkpoint(self) -> tuple[int, str] | None:
-        search = store.newest_valid(self._plan.paths.checkpoints_dir)
-        for damage in search.damaged:
-            self._screen.notice(f"checkpoint {damage.path.name} is not used: {damage.reason}")
-        if search.path is not None:
-            return store.step_of(search.path), str(search.path)
-        resumed = self._past is not None and self._past.last_step > 0
-        if search.damaged or (resumed and store.list_checkpoints(self._plan.paths.checkpoints_dir)):
-            listed = "\n".join(f"  {d.path.name}: {d.reason}" for d in search.damaged)
-            raise RestoreError(
-                f"no valid checkpoint in {self._plan.paths.checkpoints_dir}:\n{listed}\n"
-                "remove the damaged folders to start the run again from step 0"
-            )
-        return None
 
     def _install_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

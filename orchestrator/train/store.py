@@ -183,8 +183,10 @@ def newest_valid(checkpoints_dir: Path) -> Search:
     for path in list_checkpoints(checkpoints_dir):
         try:
             verify(path)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             damaged.append(Damage(path, str(error)))
+        except OSError as error:
+            damaged.append(Damage(path, f"cannot be read: {error.strerror}"))
         else:
             return Search(path, tuple(damaged))
     return Search(None, tuple(damaged))

@@ -50,7 +50,7 @@ def check_restart(paths: RunPaths, *, has_20: bool) -> None:
     assert {name for name in names if not name.startswith("step-")} == {".attempt-3"}
     save(paths, 4, 30, keep=2)
     left = store.list_checkpoints(paths.checkpoints_dir)
-    assert [store.step_of(path) for path in left][0] == 30 and len(left) == 2
+    assert store.step_of(left[0]) == 30 and len(left) == 2
     store.verify(left[0])
 
 
