@@ -19,7 +19,7 @@ from orchestrator.control.launcher import TENSORFLOW_ENV, Zygote, standard_error
 from orchestrator.control.preflight import run_checks
 from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.supervisor import Interrupted, Supervisor
-from orchestrator.errors import ExitCode, ExportError, OrchestratorError
+from orchestrator.errors import ExitCode, ExportError, OrchestratorError, StorageError
 from orchestrator.provenance import provenance
 from orchestrator.resumption import Checkpoints
 from orchestrator.runs import (
@@ -183,9 +183,19 @@ def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> Wor
 
 def _write_plan(plan: RunPlan, overrides: list[str]) -> None:
     paths = plan.paths
-    paths.config.write_text(to_yaml(plan.config))
-    paths.plan.write_text(describe(plan))
-    paths.overrides.write_text("".join(f"{line}\n" for line in mask_overrides(overrides)))
+    texts = {
+        paths.config: to_yaml(plan.config),
+        paths.plan: describe(plan),
+        paths.overrides: "".join(f"{line}\n" for line in mask_overrides(overrides)),
+    }
+    for path, text in texts.items():
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}; make room, or set runs_dir to a folder "
+                "that can be written"
+            ) from error
 
 
 class _Run:
@@ -212,6 +222,7 @@ class _Run:
             check(facts)
         self._record = Record(plan.paths.journal, facts, notice=screen.notice)
         self._tracking = False
+        self._has_lost_patience = False
         self._supervisor = Supervisor(
             group,
             plan,
@@ -230,6 +241,8 @@ class _Run:
             outcome = self._supervise()
             status = "FINISHED" if outcome is Outcome.completed else "KILLED"
             cause = "" if outcome is Outcome.completed else "stopped"
+            if self._has_lost_patience:
+                status, cause = "FAILED", "the journal could not be written"
             self._check_proof(outcome)
         except (Interrupted, KeyboardInterrupt):
             status, cause = "KILLED", "interrupted twice"
@@ -239,6 +252,13 @@ class _Run:
             raise
         finally:
             report = self._end(status, cause)
+        self._refuse_lost_record()
+        if self._has_lost_patience:
+            raise StorageError(
+                f"{self._record.error}: for {self._plan.config.tracking.journal_patience_s:g} s "
+                "(tracking.journal_patience_s), so the run saved and stopped; it can be written "
+                f"again: resume={self._plan.run}"
+            )
         self._summarise(status, report)
         if status == "FINISHED":
             return ExitCode.DONE
@@ -254,14 +274,38 @@ class _Run:
         return self._signals[-1] if self._signals else None
 
     def _observe(self, message: Message) -> None:
-        record = to_record(message)
-        self._record.add(record)
+        self._record.add(to_record(message))
+        self._watch_journal()
         self._tally.observe(message)
         self._screen.observe(message)
         if not self._tracking and isinstance(message, BlockDone):
             # Importing MLflow costs seconds of CPU: not before a step has been made.
             self._tracking = True
             self._record.start_tracking()
+
+    def _watch_journal(self) -> None:
+        """Save and stop when the journal could not be written for too long."""
+        patience_s = self._plan.config.tracking.journal_patience_s
+        if self._record.failing_s <= patience_s or self._has_lost_patience:
+            return
+        self._has_lost_patience = True
+        self._screen.notice(
+            f"the journal could not be written for {patience_s:g} s "
+            "(tracking.journal_patience_s): saving, then stopping"
+        )
+        self._supervisor.stop()
+
+    def _refuse_lost_record(self) -> None:
+        """Raise if records were lost: what was trained is saved, but not on record.
+
+        Raises:
+            StorageError: the journal could not be written to the last.
+        """
+        if self._record.failing_s > 0:
+            raise StorageError(
+                f"{self._record.error}; the last records of this run are lost. Make room, then "
+                f"resume={self._plan.run} goes on from the newest checkpoint"
+            )
 
     def _began(self, attempt: int, restore_from: str | None) -> None:
         self._record.add(
