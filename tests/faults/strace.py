@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 # Whatever changes or opens something in a file system.
 CALLS = (
     *("openat", "write", "pwrite64", "fsync", "fdatasync", "ftruncate"),
-    *("rename", "renameat", "renameat2", "mkdir", "unlink", "unlinkat", "rmdir"),
+    *("rename", "renameat", "renameat2", "mkdir", "unlink", "unlinkat", "rmdir", "flock"),
 )
 _LINE = re.compile(r"^\d+ +(?P<name>\w+)\((?P<rest>.*)$")
 
