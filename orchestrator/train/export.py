@@ -105,8 +105,8 @@ def export_model(
         lambda inputs: {"outputs": served.__call__(inputs)}, input_signature=[spec]
     )
     staged = RunPaths(staging_dir)
-    staged.export_dir.mkdir()
     try:
+        staged.export_dir.mkdir()
         tf.saved_model.save(served, str(staged.saved_model_dir), {"serving_default": signature})
         np.savez(staged.golden, inputs=inputs, outputs=answers.numpy())
         require_staging(staging_dir)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.control.process_group import ProcessGroup
 from orchestrator.errors import StorageError
-from orchestrator.spec.messages import Message, Outcome, Ready, Saved, SaveFailed
+from orchestrator.spec.messages import Death, Message, Outcome, Ready, Saved, SaveFailed
 from orchestrator.train import store
+from tests.control.conftest import is_gone, wait_until
 from tests.faults.training import Training
 
 # More than the model of the paced job needs, and less than the ballast.
@@ -185,3 +192,91 @@ def test_a_worker_that_cannot_write_its_streams_ends_nothing_and_all_go_on_toget
     assert os.listdir(training.plan.paths.checkpoints_dir) == [
         path.name for path in training.plan.paths.checkpoints_dir.glob("step-*")
     ]
+
+
+class Unreachable(ProcessGroup):
+    """Workers on a host that is cut off: its processes live on, and nobody can end them.
+
+    Attributes:
+        is_cut: whether the host is cut off.
+        lost: the agents there.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.is_cut = False
+        self.lost: list[Agent] = []
+
+    def poll(self, timeout_s: float) -> list[Message]:
+        if not self.is_cut or self.lost:
+            return super().poll(timeout_s)
+        return [
+            Death(
+                worker=0,
+                attempt=1,
+                time=time.time(),
+                error="its host is cut off",
+                exit_status=None,
+                log_path="",
+                log_tail="",
+            )
+        ]
+
+    def kill(self) -> None:
+        if self.is_cut and not self.lost:
+            self.lost, self._agents = self._agents, []
+        super().kill()
+
+
+def test_a_chief_stopped_in_mid_save_commits_nothing_once_its_attempt_is_over(
+    tmp_path: Path, zygote: Zygote
+) -> None:
+    seconds: list[float] = []
+
+    def stop_in_mid_save(training: Training) -> None:
+        staged = training.plan.paths.staging_dir(1) / store.checkpoint_name(40)
+        wait_until(lambda: any(staged.glob("variables.data*")), "the save of step 40 begins")
+        os.kill(training.pids[0], signal.SIGSTOP)
+        assert not (training.plan.paths.checkpoints_dir / staged.name).exists()
+        old.append(training.pids[0])
+        assert isinstance(training.group, Unreachable)
+        training.group.is_cut = True
+
+    def react(training: Training, message: Message) -> None:
+        if message.attempt == 1 and training.step == 40 and not old:
+            stop_in_mid_save(training)
+        elif message.attempt == 2 and isinstance(message, Saved) and not seconds:
+            assert message.step == 40
+            os.kill(old[0], signal.SIGCONT)
+            start = time.monotonic()
+            wait_until(lambda: is_gone(old[0]), "the old chief ends")
+            seconds.append(time.monotonic() - start)
+
+    old: list[int] = []
+    training = Training(
+        tmp_path,
+        zygote,
+        react=react,
+        group=Unreachable,
+        job__args={"ballast": 10_000_000},
+        checkpoint__every_steps=20,
+        checkpoint__keep=9,
+        train__steps=80,
+    )
+    try:
+        assert training.run() is Outcome.completed
+    finally:
+        for pid in old:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert seconds[0] < 3.0
+    ready = [item.attempt for item in training.only(Ready)]
+    assert ready == [1, 2] and training.only(Ready)[1].start_step == 20
+    # What the old chief told came to nobody.
+    assert [m.attempt for m in training.told] == sorted(m.attempt for m in training.told)
+    assert whole_steps(training) == [20, 40, 60, 80]
+    for path in store.list_checkpoints(training.plan.paths.checkpoints_dir):
+        attempt = 1 if store.step_of(path) == 20 else 2
+        assert store.read_manifest(path)["attempt"] == attempt
+    left = [*training.plan.paths.checkpoints_dir.iterdir(), *training.plan.paths.root.iterdir()]
+    assert not [path for path in left if path.name.startswith(".")]

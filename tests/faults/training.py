@@ -37,9 +37,19 @@ class Training:
         *,
         react: Callable[[Training, Message], None] = lambda training, message: None,
         workers: int = 1,
+        group: type[ProcessGroup] = ProcessGroup,
         **changes: Any,
     ):
-        """Make a run of `tests.faults.paced` jobs; `react` is called with every message."""
+        """Make a run of `tests.faults.paced` jobs.
+
+        Args:
+            folder: where the run folder is.
+            zygote: what workers are forked from.
+            react: called with every message.
+            workers: how many.
+            group: where they run.
+            changes: of the tiny plan.
+        """
         if workers > 1:
             changes |= {
                 "strategy__name": StrategyName.multi_worker,
@@ -60,8 +70,9 @@ class Training:
         self.pids: dict[int, int] = {}
         self.step = 0
         self._react = react
+        self.group = group(zygote=zygote.socket_path, ports=_PORTS)
         self.supervisor = Supervisor(
-            ProcessGroup(zygote=zygote.socket_path, ports=_PORTS),
+            self.group,
             self.plan,
             observe=self._observe,
             began=lambda attempt, restore_from: None,
