@@ -25,12 +25,12 @@ from orchestrator.errors import (
     ExportError,
     Interrupted,
     OrchestratorError,
-    RestoreError,
     StorageError,
 )
 from orchestrator.job_code import job_sources, keep_code
 from orchestrator.lease import Lease
 from orchestrator.provenance import provenance
+from orchestrator.resumption import Checkpoints
 from orchestrator.runs import (
     Past,
     compare,
@@ -241,9 +241,19 @@ def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> Wor
 
 def _write_plan(plan: RunPlan, overrides: list[str]) -> None:
     paths = plan.paths
-    paths.config.write_text(to_yaml(plan.config))
-    paths.plan.write_text(describe(plan))
-    paths.overrides.write_text("".join(f"{line}\n" for line in mask_overrides(overrides)))
+    texts = {
+        paths.config: to_yaml(plan.config),
+        paths.plan: describe(plan),
+        paths.overrides: "".join(f"{line}\n" for line in mask_overrides(overrides)),
+    }
+    for path, text in texts.items():
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}; make room, or set runs_dir to a folder "
+                "that can be written"
+            ) from error
 
 
 class _Run:
@@ -271,13 +281,14 @@ class _Run:
             check(facts)
         self._record = Record(plan.paths.journal, facts, notice=screen.notice)
         self._tracking = False
+        self._has_lost_patience = False
         self._supervisor = Supervisor(
             group,
             plan,
             observe=self._observe,
             began=self._began,
             notice=screen.notice,
-            newest_checkpoint=self._newest_checkpoint,
+            newest_checkpoint=Checkpoints(plan.paths, read, screen.notice).newest,
             first_attempt=1 + (past.attempts if past is not None else 0),
         )
 
@@ -291,6 +302,8 @@ class _Run:
             outcome = self._supervise()
             status = "FINISHED" if outcome is Outcome.completed else "KILLED"
             cause = "" if outcome is Outcome.completed else "stopped"
+            if self._has_lost_patience:
+                status, cause = "FAILED", "the journal could not be written"
             self._check_proof(outcome)
         except KeyboardInterrupt:
             status, cause = "KILLED", "ended at once" if self._stops.is_hurried else "stopped"
@@ -301,6 +314,13 @@ class _Run:
         finally:
             report = self._end(status, cause)
         self._stops.hand_over(lambda reason: True)  # it is leaving already
+        self._refuse_lost_record()
+        if self._has_lost_patience:
+            raise StorageError(
+                f"{self._record.error}: for {self._plan.config.tracking.journal_patience_s:g} s "
+                "(tracking.journal_patience_s), so the run saved and stopped; it can be written "
+                f"again: resume={self._plan.run}"
+            )
         self._summarise(status, report)
         return ExitCode.DONE if status == "FINISHED" else self._stops.exit_code
 
@@ -310,14 +330,38 @@ class _Run:
         return self._supervisor.run()
 
     def _observe(self, message: Message) -> None:
-        record = to_record(message)
-        self._record.add(record)
+        self._record.add(to_record(message))
+        self._watch_journal()
         self._tally.observe(message)
         self._screen.observe(message)
         if not self._tracking and isinstance(message, BlockDone):
             # Importing MLflow costs seconds of CPU: not before a step has been made.
             self._tracking = True
             self._record.start_tracking()
+
+    def _watch_journal(self) -> None:
+        """Save and stop when the journal could not be written for too long."""
+        patience_s = self._plan.config.tracking.journal_patience_s
+        if self._record.failing_s <= patience_s or self._has_lost_patience:
+            return
+        self._has_lost_patience = True
+        self._screen.notice(
+            f"the journal could not be written for {patience_s:g} s "
+            "(tracking.journal_patience_s): saving, then stopping"
+        )
+        self._supervisor.stop()
+
+    def _refuse_lost_record(self) -> None:
+        """Raise if records were lost: what was trained is saved, but not on record.
+
+        Raises:
+            StorageError: the journal could not be written to the last.
+        """
+        if self._record.failing_s > 0:
+            raise StorageError(
+                f"{self._record.error}; the last records of this run are lost. Make room, then "
+                f"resume={self._plan.run} goes on from the newest checkpoint"
+            )
 
     def _began(self, attempt: int, restore_from: str | None) -> None:
         self._tally.last_step = store.step_of(Path(restore_from)) if restore_from else 0
@@ -329,21 +373,6 @@ class _Run:
                 "restore_from": restore_from,
             }
         )
-
-    def _newest_checkpoint(self) -> tuple[int, str] | None:
-        search = store.newest_valid(self._plan.paths.checkpoints_dir)
-        for damage in search.damaged:
-            self._screen.notice(f"checkpoint {damage.path.name} is not used: {damage.reason}")
-        if search.path is not None:
-            return store.step_of(search.path), str(search.path)
-        resumed = self._past is not None and self._past.last_step > 0
-        if search.damaged or (resumed and store.list_checkpoints(self._plan.paths.checkpoints_dir)):
-            listed = "\n".join(f"  {d.path.name}: {d.reason}" for d in search.damaged)
-            raise RestoreError(
-                f"no valid checkpoint in {self._plan.paths.checkpoints_dir}:\n{listed}\n"
-                "remove the damaged folders to start the run again from step 0"
-            )
-        return None
 
     def _stop(self, reason: str) -> bool:
         """Ask the workers to save and stop; tell whether there are any to wait for."""

@@ -22,6 +22,7 @@ from orchestrator.spec.messages import (
     Phase,
     Ready,
     Saved,
+    SaveFailed,
 )
 from orchestrator.terminal import duration, figure, metrics_text, size
 
@@ -264,6 +265,10 @@ def _told(message: Message) -> Line:
         case Saved():
             what = f"{size(message.num_bytes)} in {duration(message.wall_s)}"
             return Line(f"step {message.step:,}  checkpoint saved, {what}")
+        case SaveFailed():
+            last = f" of {message.limit}" if message.limit is not None else ""
+            text = f"DEGRADED: no checkpoint of step {message.step:,} ({message.num_failed}{last} "
+            return Line(f"{text}in a row): {message.error}; training goes on", Tone.bad)
         case DataUsed():
             parts = [f"{message.num_examples:,} examples", message.name, message.placement]
             return Line(f"{message.split}: {', '.join(filter(None, parts))}")

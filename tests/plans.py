@@ -69,10 +69,15 @@ def tiny_config(**changes: Any) -> s.RunConfig:
         ),
         best=s.BestConfig(metric=None, mode=s.BestMode.min, min_delta=0.0, patience=None),
         precision=s.PrecisionConfig(policy=s.Precision.float32),
-        checkpoint=s.CheckpointConfig(every_steps=None, every_s=None, keep=3),
+        checkpoint=s.CheckpointConfig(every_steps=None, every_s=None, keep=3, max_failed_saves=10),
         recovery=s.RecoveryConfig(max_restarts=1, start_patience_s=120.0, step_patience_s=120.0),
         tracking=s.TrackingConfig(
-            uri=None, experiment=None, required=False, log_every_steps="auto", timeout_s=5.0
+            uri=None,
+            experiment=None,
+            required=False,
+            log_every_steps="auto",
+            timeout_s=5.0,
+            journal_patience_s=60.0,
         ),
         export=s.ExportConfig(enabled=True, weights=s.Weights.last, register=None),
         verify=s.VerifyConfig(steps=20, own_steps=3, variants=list(s.VariantName)),

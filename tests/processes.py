@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from orchestrator.control.folders import prepare
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.process_group import ProcessGroup
 from orchestrator.spec.messages import Death, Ended, Failed, Message
@@ -29,6 +30,7 @@ def ended_workers(
         return sum(isinstance(message, Ended) for message in told) == plan.num_workers
 
     try:
+        prepare(plan.paths, 1)
         group.start(plan, 1, None)
         wait_until(all_ended, "all workers end")
         yield told

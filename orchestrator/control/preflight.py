@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
@@ -46,18 +47,42 @@ def run_checks(plan: RunPlan) -> list[str]:
     return [finding.text for finding in findings]
 
 
-def _folder_is_writable(plan: RunPlan) -> Finding | None:
-    probe = plan.paths.root / ".probe"
+def _folder_keeps_promises(plan: RunPlan) -> Finding | None:
+    """Do once, on a small scale, what a run will do to its folder: see `docs/reliability.md`."""
+    root = plan.paths.root
+    probe, renamed = root / ".probe-1", root / ".probe-2"
+    doing = "be written"
     try:
-        probe.write_bytes(b"x")
-        probe.unlink()
+        probe.mkdir()
+        with (probe / "file").open("wb") as file:
+            file.write(b"x")
+            file.flush()
+            doing = "flush a file to the disk (fsync)"
+            os.fsync(file.fileno())
+            doing = "lock a file (flock)"
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        doing = "rename a folder"
+        probe.rename(renamed)
+        doing = "flush a folder to the disk (fsync)"
+        _flush_folder(root)
     except OSError as error:
         return Finding(
-            f"the run folder {plan.paths.root} cannot be written: {error.strerror}; set runs_dir "
-            "to a folder that can",
+            f"the run folder {root} cannot {doing}: {error.strerror}; checkpoints need a POSIX "
+            "file system: set runs_dir to a folder on one",
             StorageError,
         )
+    finally:
+        for folder in (probe, renamed):
+            shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _disk_has_space(plan: RunPlan) -> Finding | None:
@@ -125,7 +150,7 @@ def _home_is_writable(plan: RunPlan) -> Finding | None:
 
 
 CHECKS: list[Check] = [
-    _folder_is_writable,
+    _folder_keeps_promises,
     _disk_has_space,
     _data_path_exists,
     _network_is_trusted,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 
 from orchestrator.control.attempt import Attempt
+from orchestrator.control.folders import bury, prepare
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.policy import Failure, GiveUp, Retry, decide
 from orchestrator.control.story import first_failure, start_failure, tell, tells_all
@@ -90,14 +90,15 @@ class Supervisor:
                 number, found[0] if found else 0, self._plan.num_workers, self._clock()
             )
             self._began(number, found[1] if found else None)
+            prepare(self._plan.paths, number)
             try:
                 outcome = self._attempt(attempt, found[1] if found else None)
             finally:
                 self._listening = False
                 self._group.kill()
+                bury(self._plan.paths, number)
             if outcome is not None:
                 return outcome
-            self._bury(number)
             if self._recover(attempt) is Outcome.stopped:
                 return Outcome.stopped
 
@@ -202,14 +203,6 @@ class Supervisor:
             if self._stops > 1:
                 raise Interrupted
             self._listen(attempt)
-
-    def _bury(self, number: int) -> None:
-        """Take the staging folder from a dead attempt: what it still writes can appear nowhere."""
-        staging = self._plan.paths.staging_dir(number)
-        if staging.exists():
-            grave = staging.with_name(f".dead-{number}")
-            staging.rename(grave)
-            shutil.rmtree(grave, ignore_errors=True)
 
     def _recover(self, attempt: Attempt) -> Outcome | None:
         """Ask the policy; return to retry, or that the run has stopped; raise to give up."""

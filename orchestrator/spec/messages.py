@@ -166,6 +166,23 @@ class Saved(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFailed(Message):
+    """A checkpoint could not be written; training goes on and tries again.
+
+    Attributes:
+        step: of the checkpoint.
+        error: why.
+        num_failed: saves in a row that have failed, this one included.
+        limit: how many end the run; None for never.
+    """
+
+    step: int
+    error: str
+    num_failed: int
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exported(Message):
     """The chief has written the SavedModel and the golden batch."""
 
@@ -246,6 +263,7 @@ MESSAGE_KINDS: dict[str, type[Message]] = {
         BlockDone,
         Evaluated,
         Saved,
+        SaveFailed,
         Exported,
         Notice,
         Failed,

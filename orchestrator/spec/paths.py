@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+# In every staging folder: the driver has made it. A library that makes missing folders, such as
+# TensorFlow for an attempt that is over, makes them without.
+STAGING_MARK = ".made-by-the-driver"
+
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
@@ -64,6 +68,10 @@ class RunPaths:
     def export_dir(self) -> Path:
         """The SavedModel, its golden batch and the packaged MLflow model."""
         return self.root / "export"
+
+    def export_staging_dir(self, attempt: int) -> Path:
+        """Where an attempt writes its export before it is renamed into place."""
+        return self.root / f".export-{attempt}"
 
     @property
     def saved_model_dir(self) -> Path:

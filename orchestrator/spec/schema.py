@@ -251,6 +251,7 @@ class CheckpointConfig:
     every_steps: int | None
     every_s: float | None
     keep: int
+    max_failed_saves: int | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -271,6 +272,7 @@ class TrackingConfig:
     required: bool
     log_every_steps: str  # "auto" or a number
     timeout_s: float
+    journal_patience_s: float
 
 
 @dataclass(kw_only=True, slots=True)

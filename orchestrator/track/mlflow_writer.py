@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import StorageError
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.secrets import mask_text
 from orchestrator.track.account import account
@@ -157,7 +156,4 @@ class Writer:
 
     def _note(self, **record: Any) -> None:
         """Journal what was found out; not vital, since tag and journal give it again."""
-        try:
-            self._keep(record)
-        except StorageError:
-            return  # the driver meets the same disk with its next record
+        self._keep(record)

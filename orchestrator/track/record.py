@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import StorageError
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Journal
@@ -18,9 +21,20 @@ _PAGE_S = 5.0
 
 
 class Record:
-    """Journals what happens; MLflow's thread follows the journal."""
+    """Journals what happens; MLflow's thread follows the journal.
 
-    def __init__(self, path: Path, facts: RunFacts, *, notice: Callable[[str], None]):
+    While the journal cannot be written, records wait in memory, in their order: training goes on.
+    Whoever holds the record asks `failing_s` how long that has been so, and acts on it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        facts: RunFacts,
+        *,
+        notice: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """Open the journal and write down the facts.
 
         The records of earlier drivers go to MLflow again, from the journal: what it has already,
@@ -29,20 +43,31 @@ class Record:
         Raises:
             StorageError: the journal cannot be written.
         """
-        self._paths = RunPaths(path.parent)
+        self.error = ""
         self._notice = notice
-        self._journal = Journal(path)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._waiting: deque[Mapping[str, Any]] = deque()
+        self._failing_since: float | None = None
         self._has_ended = False
-        self._projection = Projection(facts, keep=self._append, notice=notice)
-        self.add(facts.record(time.time()))
+        self._paths = RunPaths(path.parent)
+        self._journal = Journal(path)
+        self._projection = Projection(facts, keep=self.add, notice=notice)
+        self._journal.append(facts.record(time.time()))
+
+    @property
+    def failing_s(self) -> float:
+        """Return for how long the journal could not be written, in seconds; 0 if it can."""
+        since = self._failing_since
+        return 0.0 if since is None else self._clock() - since
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Journal a record; MLflow's thread reads it from the file.
-
-        Raises:
-            StorageError: the journal cannot be written.
-        """
-        self._journal.append(record)
+        """Journal a record, or keep it until that is possible; MLflow's thread reads the file."""
+        with self._lock:
+            self._waiting.append(record)
+            said = self._write_waiting()
+        if said:
+            self._notice(said)
 
     def start_tracking(self) -> None:
         """Let MLflow's thread begin; it takes seconds of CPU that training could use."""
@@ -53,7 +78,8 @@ class Record:
     ) -> Report:
         """Write down how the run ended, tell it on a page, and bring MLflow up to date.
 
-        May be called again when it was broken off by an exception.
+        May be called again when it was broken off by an exception. Records that could not be
+        written to the last are lost with this process; `failing_s` says whether there are any.
 
         Args:
             status: FINISHED, FAILED or KILLED.
@@ -68,6 +94,8 @@ class Record:
             if deadline_s > _PAGE_S:
                 self._tell()
         report = self._projection.finish(status, deadline_s)
+        with self._lock:
+            self._write_waiting()  # the projection's last ones
         self._journal.close()
         return report
 
@@ -77,5 +105,19 @@ class Record:
         except Exception as error:  # a page about the run is no reason to fail it
             self._notice(f"report.html could not be written: {error!r}")
 
-    def _append(self, record: dict[str, Any]) -> None:
-        self._journal.append(record)
+    def _write_waiting(self) -> str:
+        """Write what waits, as far as possible; return what to say about it."""
+        try:
+            while self._waiting:
+                self._journal.append(self._waiting[0])
+                self._waiting.popleft()
+        except StorageError as error:
+            self.error = str(error)
+            if self._failing_since is not None:
+                return ""
+            self._failing_since = self._clock()
+            return f"DEGRADED: {self.error}; training goes on, its record is kept in memory"
+        if self._failing_since is None:
+            return ""
+        self._failing_since = None
+        return "the journal can be written again; it has everything"

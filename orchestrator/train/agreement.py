@@ -19,6 +19,7 @@ class Wish:
         stop: interrupt the run.
         finish: complete the run before its last step.
         guilty: the loss was not finite here.
+        failed: what was to be saved could not be written here.
         number: steps of the next block, or whatever else the chief decides for all.
     """
 
@@ -26,6 +27,7 @@ class Wish:
     stop: bool = False
     finish: bool = False
     guilty: bool = False
+    failed: bool = False
     number: int = 0
 
 
@@ -42,16 +44,17 @@ class Agreement:
         self._alone = plan.num_workers == 1
         self._replicas = plan.devices_per_worker
         # float64 holds every step number.
-        self._sum = tf.function(self._reduce, input_signature=[tf.TensorSpec([5], tf.float64)])
+        self._sum = tf.function(self._reduce, input_signature=[tf.TensorSpec([6], tf.float64)])
 
     def decide(self, wish: Wish) -> Wish:
         """Return what all workers do; every worker must call this equally often."""
         if self._alone:
             return wish
         number = wish.number if self._is_chief else 0
-        own = tf.constant([wish.save, wish.stop, wish.finish, wish.guilty, number], tf.float64)
-        save, stop, finish, guilty, number = self._sum(own).numpy()
-        return Wish(save > 0, stop > 0, finish > 0, guilty > 0, int(number))
+        flags = (wish.save, wish.stop, wish.finish, wish.guilty, wish.failed)
+        *sums, number = self._sum(tf.constant([*flags, number], tf.float64)).numpy()
+        save, stop, finish, guilty, failed = (total > 0 for total in sums)
+        return Wish(save, stop, finish, guilty, failed, int(number))
 
     def wait_for_all(self) -> None:
         """Return when every worker has come here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from orchestrator.errors import ExportError, RestoreError
+from orchestrator.errors import ExportError, RestoreError, StorageError
 from orchestrator.spec.paths import RunPaths
 from orchestrator.train.averages import Averages
 from orchestrator.train.checkpoint import model_variables, read_section, restore
 from orchestrator.train.job import Job
+from orchestrator.train.rename import put_in_place
+from orchestrator.train.saver import require_staging
 from orchestrator.train.sources import Feature, Source
 
 # The proof compares answers at batch sizes up to this.
@@ -57,6 +58,8 @@ def export_model(
     model: keras.Model,
     source: Source,
     paths: RunPaths,
+    staging_dir: Path,
+    *,
     checkpoint: Path | None = None,
     averages: Averages | None = None,
 ) -> Signature:
@@ -70,12 +73,15 @@ def export_model(
         model: the live model.
         source: where golden inputs come from when `serve` takes feature `x`.
         paths: of the run.
+        staging_dir: where it is written first. The driver has made it, and takes it away from an
+            attempt that is over.
         checkpoint: whose weights are exported; None for those of this moment.
         averages: export these, of the checkpoint or of this moment, instead of the weights.
 
     Raises:
         ExportError: the checkpoint cannot be read, or `serve` does not take one tensor and give
             one tensor with a free batch.
+        StorageError: it cannot be written.
     """
     feature, inputs = _golden_inputs(job, source)
     twin = job.model()
@@ -98,10 +104,18 @@ def export_model(
     signature = tf.function(
         lambda inputs: {"outputs": served.__call__(inputs)}, input_signature=[spec]
     )
-    shutil.rmtree(paths.export_dir, ignore_errors=True)
-    paths.export_dir.mkdir(parents=True)
-    tf.saved_model.save(served, str(paths.saved_model_dir), {"serving_default": signature})
-    np.savez(paths.golden, inputs=inputs, outputs=answers.numpy())
+    staged = RunPaths(staging_dir)
+    try:
+        staged.export_dir.mkdir()
+        tf.saved_model.save(served, str(staged.saved_model_dir), {"serving_default": signature})
+        np.savez(staged.golden, inputs=inputs, outputs=answers.numpy())
+        require_staging(staging_dir)
+        put_in_place(staged.export_dir, paths.export_dir)
+    except (OSError, tf.errors.OpError) as error:
+        raise StorageError(
+            f"cannot write the export {paths.export_dir}: {error}; the checkpoints are whole: "
+            "make room and resume the run"
+        ) from error
     return Signature(
         input_dtype=feature.dtype,
         input_shape=(None, *feature.shape),

@@ -19,8 +19,9 @@ from orchestrator.spec.schema import OnNan
 from orchestrator.train import store
 from orchestrator.train.agreement import Agreement, Wish
 from orchestrator.train.block import BlockResult
-from orchestrator.train.checkpoint import Saver, restore
+from orchestrator.train.checkpoint import restore
 from orchestrator.train.report import Reporter, Stopped
+from orchestrator.train.saver import Saver
 
 _SHOWN_IDS = 16
 # Going back to one checkpoint so often without reaching the next one helps nobody.

@@ -16,7 +16,6 @@ from orchestrator.train.agreement import Agreement, Wish
 from orchestrator.train.audit import Audit
 from orchestrator.train.best import BestEvaluation
 from orchestrator.train.block import BlockResult, step_means
-from orchestrator.train.checkpoint import Saver
 from orchestrator.train.data import Feeder, ledger_hash
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.guards import NanGuard
@@ -24,6 +23,8 @@ from orchestrator.train.job import Progress
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter
+from orchestrator.train.saver import Saver
+from orchestrator.train.saving import Saving
 from orchestrator.train.schedule import BlockLength, Schedule
 from orchestrator.train.step import TrainStep
 from orchestrator.train.stream_feeder import StreamFeeder
@@ -60,7 +61,15 @@ class Loop:
         self._schedule = Schedule(parts.plan)
         train = parts.plan.config.train
         self._length = BlockLength(train.block_s, train.max_block_steps)
-        self._last_save = parts.clock()
+        self._saving = Saving(
+            parts.plan,
+            parts.worker,
+            parts.reporter,
+            parts.agreement,
+            parts.saver,
+            parts.feeder,
+            clock=parts.clock,
+        )
         self._is_chief = parts.worker == 0
         self._is_best = False
 
@@ -72,6 +81,7 @@ class Loop:
 
         Raises:
             JobError: a loss or gradient is not finite, or replicas have drifted apart.
+            StorageError: saving has failed too often, or at the end.
         """
         if self._parts.best is not None and self._parts.best.is_exhausted:
             return Outcome.completed, step  # the run had ended early, and failed after that
@@ -90,9 +100,7 @@ class Loop:
             wish = self._wish(result, num_steps, wall_s)
             decision = self._parts.agreement.decide(wish)
             self._parts.guard.refuse(result, first, wish, decision)
-            ends = decision.stop or decision.finish
-            if decision.save or ends or self._schedule.checkpoint_due(step):
-                self._save(step)
+            self._save(step, decision)
             if decision.finish:
                 return Outcome.completed, step
             if decision.stop and step < self._plan.total_steps:
@@ -163,15 +171,11 @@ class Loop:
     def _wish(self, result: BlockResult, num_steps: int, wall_s: float) -> Wish:
         self._length.measured(num_steps, wall_s)
         requests = self._parts.pending()
-        every_s = self._plan.config.checkpoint.every_s
-        due = (
-            self._is_chief
-            and every_s is not None
-            and self._parts.clock() - self._last_save >= every_s
-        )
         best = self._parts.best
+        at_once = self._is_best or Request.SAVE in requests
+        by_step = self._schedule.checkpoint_due(self._parts.reporter.step)
         return Wish(
-            save=due or self._is_best or Request.SAVE in requests,
+            save=self._saving.wish(by_step=by_step, at_once=at_once),
             stop=Request.SAVE_AND_STOP in requests,
             finish=self._is_chief and best is not None and best.is_exhausted,
             guilty=not result.local_finite.all(),
@@ -201,16 +205,13 @@ class Loop:
             self._is_best = parts.best.observe(step, metrics) and self._is_chief
         parts.reporter.enter(Phase.stepping)
 
-    def _save(self, step: int) -> None:
-        if isinstance(self._parts.feeder, StreamFeeder):
-            self._parts.feeder.save(step)
-            # The chief commits the folder only once every worker's streams lie in it.
-            self._parts.agreement.wait_for_all()
-        if self._parts.saver is not None:
-            best = self._parts.best
-            self._parts.saver.save(step, best.state if best is not None else None)
+    def _save(self, step: int, decision: Wish) -> None:
+        best = self._parts.best.state if self._parts.best is not None else None
+        if decision.stop or decision.finish or step == self._plan.total_steps:
+            self._saving.save_last(step, best)
+        elif decision.save:
+            self._saving.save(step, best)
             self._is_best = False
-            self._last_save = self._parts.clock()
 
 
 def as_floats(values: np.ndarray) -> tuple[float, ...]:

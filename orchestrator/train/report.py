@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sysconfig
 import time
@@ -64,7 +65,8 @@ class Reporter:
 
     def log(self, text: str) -> None:
         """Write into the worker's log."""
-        print(text, file=self._log, flush=True)
+        with contextlib.suppress(OSError):  # a full disk takes no lines; training goes on
+            print(text, file=self._log, flush=True)
 
     def tell(self, kind: type[Message], **fields: Any) -> None:
         """Send a message; worker, attempt and time are filled in."""

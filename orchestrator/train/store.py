@@ -2,7 +2,8 @@
 
 A checkpoint appears whole: its files are written aside, each is flushed to the device, a manifest
 with their sizes and SHA-256 is written last, the folder is renamed into place and the parent is
-flushed. Whoever sees `step-00001200/` sees all of it.
+flushed. Whoever sees `step-00001200/` sees all of it. Everything in a checkpoint is data: nothing
+is unpickled, no link is followed.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError
+from orchestrator.train.rename import flush, put_in_place, remove
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})$")
+_REPLACED = ".replaced-"
+_MANIFEST_SUM = "manifest_sha256"
 _READ_BYTES = 1 << 20
 
 
@@ -54,13 +57,20 @@ def step_of(path: Path) -> int:
     return int(match.group(1))
 
 
-def commit(staged: Path, target: Path, manifest: Mapping[str, Any]) -> int:
+def commit(
+    staged: Path,
+    target: Path,
+    manifest: Mapping[str, Any],
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> int:
     """Make a staged folder durable and rename it into place.
 
     Args:
         staged: the folder as written, on the same file system.
         target: where it shall appear; replaced if it is there.
         manifest: what the manifest says besides format and files.
+        check: called right before the rename; what it raises goes on and nothing appears.
 
     Returns:
         The size of all files in bytes.
@@ -71,58 +81,92 @@ def commit(staged: Path, target: Path, manifest: Mapping[str, Any]) -> int:
     files: dict[str, dict[str, Any]] = {}
     try:
         for path in sorted(staged.iterdir()):
-            _flush(path)
+            flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        content = json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1)
+        content = _sealed({"format": FORMAT, **manifest, "files": files})
         (staged / MANIFEST).write_text(content)
-        _flush(staged / MANIFEST)
-        _flush(staged)
-        if target.exists():
-            # Only a checkpoint of the same step, written before a restart that went back.
-            aside = staged.with_name(f"{staged.name}.replaced")
-            target.rename(aside)
-            shutil.rmtree(aside)
-        staged.rename(target)
-        _flush(target.parent)
+        flush(staged / MANIFEST)
+        flush(staged)
+        # Of the same step there is only one that was passed over as damaged, before the restart.
+        check()
+        put_in_place(staged, target)
     except OSError as error:
         raise StorageError(f"cannot save the checkpoint {target}: {error}") from error
     return sum(entry["bytes"] for entry in files.values()) + len(content)
+
+
+def recover(checkpoints_dir: Path) -> None:
+    """Put back a checkpoint whose replacement was cut short; only while nobody saves."""
+    for aside in checkpoints_dir.glob(f"{_REPLACED}step-*"):
+        target = aside.with_name(aside.name.removeprefix(_REPLACED))
+        if os.path.lexists(target):
+            remove(aside)
+        else:
+            aside.rename(target)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint.
 
     Raises:
-        ValueError: it is missing, unreadable or of a newer format.
+        ValueError: it is missing, unreadable, damaged or of a newer format.
     """
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError("is a symbolic link" if path.is_symlink() else "is not a folder")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError as error:
         raise ValueError("has no manifest.json") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"manifest.json cannot be read: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError("manifest.json is not a manifest")
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"has format {manifest.get('format')}; this version reads {FORMAT}")
+    found = manifest.get("format")
+    if isinstance(found, int) and found > FORMAT:
+        raise ValueError(
+            f"has format {found}: it was made by a newer version of this program, which reads up "
+            f"to format {FORMAT}; resume with that version"
+        )
+    if found != FORMAT:
+        raise ValueError(f"has format {found}; this version reads {FORMAT}")
+    if _MANIFEST_SUM in manifest and manifest[_MANIFEST_SUM] != _sum_of(manifest):
+        raise ValueError("manifest.json does not have the content that was written")
     return manifest
 
 
 def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
+    A file that the manifest does not know, such as one of the file system's own, is nobody's
+    damage: it is not read.
+
     Raises:
         ValueError: what is wrong, in words that follow the folder's name.
+        OSError: the folder cannot be read.
     """
-    for name, entry in read_manifest(path)["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{name} is missing")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise ValueError(f"{name} has {size} bytes instead of {entry['bytes']}")
-        if _sha256(file) != entry["sha256"]:
-            raise ValueError(f"{name} does not have the content that was written")
+    manifest = read_manifest(path)
+    if _NAME.fullmatch(path.name) and manifest.get("step", step_of(path)) != step_of(path):
+        raise ValueError(f"holds step {manifest['step']}: it was renamed")
+    for file in path.iterdir():
+        if file.is_symlink():
+            raise ValueError(f"{file.name} is a symbolic link; a checkpoint holds files only")
+    for name, entry in manifest["files"].items():
+        _verify_file(path, name, entry)
+
+
+def _verify_file(path: Path, name: str, entry: Any) -> None:
+    if name in ("", ".", "..") or "/" in name:
+        raise ValueError(f"manifest.json names {name!r}, which is not a file of this folder")
+    if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+        raise ValueError(f"manifest.json does not say what {name} is")
+    file = path / name
+    if not file.is_file():
+        raise ValueError(f"{name} is missing")
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        raise ValueError(f"{name} has {size} bytes instead of {entry['bytes']}")
+    if _sha256(file) != entry["sha256"]:
+        raise ValueError(f"{name} does not have the content that was written")
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
@@ -139,29 +183,43 @@ def newest_valid(checkpoints_dir: Path) -> Search:
     for path in list_checkpoints(checkpoints_dir):
         try:
             verify(path)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             damaged.append(Damage(path, str(error)))
+        except OSError as error:
+            damaged.append(Damage(path, f"cannot be read: {error.strerror}"))
         else:
             return Search(path, tuple(damaged))
     return Search(None, tuple(damaged))
 
 
-def prune(checkpoints_dir: Path, keep: int, best_step: int | None = None) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and that of `best_step`; return the removed."""
-    older = list_checkpoints(checkpoints_dir)[keep:]
+def prune(
+    checkpoints_dir: Path, keep: int, best_step: int | None = None, newest: int | None = None
+) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and that of `best_step`; return the removed.
+
+    Args:
+        checkpoints_dir: where they are.
+        keep: how many stay.
+        best_step: of one more that stays.
+        newest: the step that was written last. Later ones were passed over as damaged before
+            training went back: they stay, and do not count.
+    """
+    found = list_checkpoints(checkpoints_dir)
+    older = [path for path in found if newest is None or step_of(path) <= newest][keep:]
     removed = [path for path in older if step_of(path) != best_step]
     for path in removed:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
     return removed
 
 
-def _flush(path: Path) -> None:
-    """Force a file or folder to the device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as JSON, with a sum of its own content."""
+    return json.dumps({**manifest, _MANIFEST_SUM: _sum_of(manifest)}, indent=1)
+
+
+def _sum_of(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != _MANIFEST_SUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

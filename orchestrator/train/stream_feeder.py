@@ -88,6 +88,9 @@ class StreamFeeder:
     """Prepares the input of blocks from streams, the next one while the present one runs.
 
     All reading is done by one thread, so a save waits for what is being read.
+
+    Attributes:
+        staging_dir: where this attempt writes checkpoints.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class StreamFeeder:
             source: an open stream.
             replicas: of this worker, among all of the run.
             batch_sizes: examples a step, for each of them.
-            staging_dir: where this attempt writes checkpoints; the chief makes it.
+            staging_dir: where this attempt writes checkpoints; the driver makes it.
             start_step: steps done before.
             kept_dir: the checkpoint of these steps; None to begin.
             tell: takes a sentence that the user should read.
@@ -118,7 +121,7 @@ class StreamFeeder:
             RestoreError: the checkpoint does not fit these streams.
             JobError: a stream that is read again ends too early.
         """
-        self._staging_dir = staging_dir
+        self.staging_dir = staging_dir
         self._step = start_step
         self._tell = tell
         self._told = False
@@ -160,7 +163,7 @@ class StreamFeeder:
         """
         assert step == self._step
         self._finish_reading()
-        folder = self._staging_dir / store.checkpoint_name(step)
+        folder = self.staging_dir / store.checkpoint_name(step)
         try:
             # No parents: the folder of an attempt that is over must not come back.
             folder.mkdir(exist_ok=True)

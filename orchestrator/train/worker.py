@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from orchestrator.errors import StorageError
 from orchestrator.spec.messages import (
     Ended,
     Exported,
@@ -28,7 +29,7 @@ from orchestrator.train import datasets, store
 from orchestrator.train.agreement import Agreement
 from orchestrator.train.audit import Audit
 from orchestrator.train.best import BestEvaluation, require_metric
-from orchestrator.train.checkpoint import Saver, named_variables, restore
+from orchestrator.train.checkpoint import named_variables, restore
 from orchestrator.train.data import make_shards
 from orchestrator.train.devices import build_strategy, configure_devices, overrule_keras_settings
 from orchestrator.train.evaluate import Evaluation
@@ -44,6 +45,7 @@ from orchestrator.train.loop import Loop, Parts
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter
+from orchestrator.train.saver import Saver, require_space, require_staging
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.step import TrainStep
 from orchestrator.train.stream_feeder import make_feeder
@@ -93,6 +95,7 @@ class _Made:
 
 def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Request]]) -> None:
     plan, is_chief = order.plan, order.worker == 0
+    require_staging(plan.paths.staging_dir(order.attempt))
     made = _make(order, reporter)
     start_step = _begin_with(order, reporter, made)
     reporter.step = start_step
@@ -109,10 +112,9 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
         _tell_end(reporter, made, parts.best)
 
     if parts.saver is not None:
-        reporter.enter(Phase.saving)
         parts.saver.close()
     if is_chief and outcome is Outcome.completed and plan.config.export.enabled:
-        _export(reporter, made, plan, _exported_checkpoint(plan, parts.best, step))
+        _export(order, reporter, made, _exported_checkpoint(plan, parts.best, step))
     # A worker that leaves early is a lost peer to the others.
     reporter.enter(Phase.ending)
     parts.agreement.wait_for_all()
@@ -251,12 +253,21 @@ def _saver(order: WorkerOrder, reporter: Reporter, made: _Made) -> Saver | None:
     """Return what writes checkpoints: the chief's."""
     if order.worker > 0:
         return None
-    plan = order.plan
+    plan, checkpoint = order.plan, order.plan.config.checkpoint
+    too_small = require_space(
+        plan.paths, made.variables, checkpoint.keep + (plan.config.best.metric is not None)
+    )
+    if too_small is not None and order.restore_from is None:
+        raise StorageError(too_small)
+    if too_small is not None:
+        # A run that lives goes on: somebody may make room before the next save.
+        reporter.tell(Notice, text=too_small)
     return Saver(
         plan.paths,
         order.attempt,
         made.variables,
-        keep=plan.config.checkpoint.keep,
+        keep=checkpoint.keep,
+        max_failed=checkpoint.max_failed_saves,
         facts={"run": plan.run, "attempt": order.attempt, "versions": versions()},
         announce=reporter.tell,
     )
@@ -292,12 +303,16 @@ def _exported_checkpoint(plan: RunPlan, best: BestEvaluation | None, step: int) 
     return plan.paths.checkpoints_dir / store.checkpoint_name(best.state.step)
 
 
-def _export(reporter: Reporter, made: _Made, plan: RunPlan, checkpoint: Path | None) -> None:
+def _export(order: WorkerOrder, reporter: Reporter, made: _Made, checkpoint: Path | None) -> None:
+    plan = order.plan
     reporter.enter(Phase.exporting, str(checkpoint or ""))
     start = reporter.clock()
     source = made.eval_source or made.train_source
     averages = made.optimizers.averages if plan.exports_averages else None
-    signature = export_model(made.job, made.model, source, plan.paths, checkpoint, averages)
+    staged = plan.paths.export_staging_dir(order.attempt)
+    signature = export_model(
+        made.job, made.model, source, plan.paths, staged, checkpoint=checkpoint, averages=averages
+    )
     reporter.tell(
         Exported,
         step=store.step_of(checkpoint) if checkpoint is not None else reporter.step,

@@ -58,7 +58,6 @@ def main(folder: str, worker: str, *ports: str) -> int:
                 return
         print(told, flush=True)
 
-    plan.paths.root.mkdir(parents=True, exist_ok=True)
     status = run(order, send, pending)
     # The other may still be in the last collective: leave when told that both have ended.
     sys.stdin.read()

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orchestrator.control.folders import prepare
 from orchestrator.train.store import list_checkpoints, newest_valid
 from tests.cluster import rig
 from tests.cluster.conftest import free_port
 from tests.cluster.rig import Ended, train
+from tests.plans import tiny_plan
 
 SLOW = ("job.args.delay_ms=20", "train.max_block_steps=4", "train.steps=160")
 
@@ -196,6 +198,7 @@ def test_inline_output_has_no_chatter_either(tmp_path: Path) -> None:
 
 def test_two_workers_with_different_clocks_and_signals_act_alike(tmp_path: Path) -> None:
     script = Path(__file__).with_name("agreeing.py")
+    prepare(tiny_plan(tmp_path).paths, 1)
     ports = [str(free_port()) for _ in range(2)]
     workers = [
         subprocess.Popen(

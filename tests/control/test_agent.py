@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from orchestrator.control.agent import Agent
+from orchestrator.control.folders import prepare
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.worker_process import describe_status, log_tail
 from orchestrator.errors import StartFailed
@@ -100,6 +101,7 @@ def order(plan: RunPlan, attempt: int) -> bytes:
 def start(agent: Agent, folder: Path, attempt: int = 1, **changes: Any) -> RunPlan:
     """Start the worker of the tiny plan; modules in `folder` can be imported by its job."""
     plan = tiny_plan(folder, **changes)
+    prepare(plan.paths, attempt)
     log, stacks = plan.paths.worker_log(attempt, 0), plan.paths.worker_stacks(attempt, 0)
     agent.start(order(plan, attempt), attempt, str(log), str(stacks), [str(folder)])
     return plan

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from orchestrator.control.folders import prepare
 from orchestrator.spec.schema import OptimizerName, Precision
 from orchestrator.train import store
-from orchestrator.train.checkpoint import Saver, named_variables, restore
+from orchestrator.train.checkpoint import named_variables, restore
+from orchestrator.train.saver import Saver
 from tests.train.rig import Rig, make_rig
 from tests.train.tiny import Tiny
 
@@ -59,7 +61,7 @@ def digest(rig: Rig) -> str:
 def saved(rig: Rig) -> Path:
     """Save all state as a worker does; return the checkpoint."""
     paths = rig.plan.paths
-    paths.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    prepare(paths, 1)
     variables = named_variables(rig.model, rig.optimizers)
     saver = Saver(paths, 1, variables, keep=9, facts={}, announce=lambda *told, **more: None)
     saver.save(rig.done)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from orchestrator.control.folders import bury, prepare
 from orchestrator.spec.messages import (
+    Beacon,
     BlockDone,
     Cause,
     Ended,
@@ -20,6 +22,7 @@ from orchestrator.spec.messages import (
     Failed,
     Message,
     Outcome,
+    Phase,
     Ready,
     Request,
     Saved,
@@ -38,11 +41,13 @@ def live(
     attempt: int = 1,
     restore_from: str | None = None,
     pending: Callable[[], set[Request]] = set,
+    on_message: Callable[[Message], None] = lambda message: None,
     **changes: Any,
 ) -> list[Message]:
     """Run a worker of the tiny plan and return what it told."""
     plan = tiny_plan(folder, **changes)
     told: list[Message] = []
+    prepare(plan.paths, attempt)
     order = WorkerOrder(
         plan=plan,
         worker=0,
@@ -51,7 +56,12 @@ def live(
         visible_gpus="",
         restore_from=restore_from,
     )
-    worker.run(order, told.append, pending)
+
+    def send(message: Message) -> None:
+        told.append(message)
+        on_message(message)
+
+    worker.run(order, send, pending)
     return told
 
 
@@ -215,3 +225,21 @@ def test_the_average_of_the_weights_is_exported_on_request(tmp_path: Path, weigh
     for variable, value in zip(twin.variables, read_model(path).values(), strict=True):
         variable.assign(value)
     assert np.abs(golden["outputs"] - twin(golden["inputs"])).max() > 1e-3
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_an_attempt_that_is_over_puts_no_export_into_place(
+    tmp_path: Path, made_again: bool
+) -> None:
+    paths = tiny_plan(tmp_path).paths
+
+    def over(message: Message) -> None:
+        if isinstance(message, Beacon) and message.phase is Phase.exporting:
+            bury(paths, 1)
+            if made_again:  # as TensorFlow does on the way to a file
+                paths.export_staging_dir(1).mkdir()
+
+    told = live(tmp_path, on_message=over)
+    [failed] = only(told, Failed)
+    assert failed.cause is Cause.storage
+    assert not only(told, Exported) and not paths.export_dir.exists()

@@ -1,0 +1,72 @@
+"""Which checkpoint an attempt goes on from: never step 0 in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator.errors import RestoreError
+from orchestrator.runs import ReadJournal
+from orchestrator.spec.paths import RunPaths
+from orchestrator.train import store
+
+
+class Checkpoints:
+    """The checkpoints of a run, as its driver sees them between attempts."""
+
+    def __init__(self, paths: RunPaths, read: ReadJournal, notice: Callable[[str], None]):
+        """Look at nothing yet.
+
+        Args:
+            paths: of the run.
+            read: yields the records of a journal.
+            notice: takes what the user should know.
+        """
+        self._paths = paths
+        self._read = read
+        self._notice = notice
+        self._told: set[str] = set()
+
+    def newest(self) -> tuple[int, str] | None:
+        """Return step and path of the newest valid checkpoint; None if none was ever saved.
+
+        Only while no worker runs: a replacement that was cut short is put right.
+
+        Raises:
+            RestoreError: there are checkpoints, or there were, and none is valid; every one is
+                listed with its reason.
+        """
+        folder = self._paths.checkpoints_dir
+        store.recover(folder)
+        search = store.newest_valid(folder)
+        if search.path is None:
+            self._refuse_step_0(search.damaged)
+            return None
+        for damage in search.damaged:
+            self._tell(f"checkpoint {damage.path.name} is not used: {damage.reason}")
+        if search.damaged:
+            self._tell(f"the newest valid checkpoint is {search.path.name}: it is used instead")
+        return store.step_of(search.path), str(search.path)
+
+    def _refuse_step_0(self, damaged: tuple[store.Damage, ...]) -> None:
+        folder = self._paths.checkpoints_dir
+        what_to_do = "put a whole checkpoint there, or start a new run (leave resume out)"
+        if damaged:
+            listed = "\n".join(f"  {item.path.name}: {item.reason}" for item in damaged)
+            raise RestoreError(f"no valid checkpoint in {folder}:\n{listed}\n{what_to_do}")
+        saved = {
+            record["step"]
+            for record in self._read(self._paths.journal)
+            if record.get("kind") == "Saved"
+        }
+        if saved:
+            raise RestoreError(
+                f"no valid checkpoint in {folder}: the journal tells of {len(saved)}, the last of "
+                f"step {max(saved):,}, and all are gone; look whether a disk is missing, "
+                f"{what_to_do}"
+            )
+
+    def _tell(self, text: str) -> None:
+        """Say something once."""
+        if text not in self._told:
+            self._told.add(text)
+            self._notice(text)

@@ -1,0 +1,68 @@
+"""Which checkpoint an attempt goes on from, and what is said of the others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import RestoreError
+from orchestrator.resumption import Checkpoints
+from orchestrator.spec.paths import RunPaths
+from orchestrator.track.journal import Journal, read
+from orchestrator.train import store
+from tests.faults.saves import save
+
+
+def saved(folder: Path, *steps: int) -> RunPaths:
+    """Make a run with these checkpoints, on record as its driver would have them."""
+    paths = RunPaths(folder)
+    for step in steps:
+        save(paths, 1, step, keep=9)
+    journal = Journal(paths.journal)
+    for step in steps:
+        journal.append({"kind": "Saved", "step": step})
+    journal.close()
+    return paths
+
+
+def damage(paths: RunPaths, step: int) -> None:
+    (paths.checkpoints_dir / store.checkpoint_name(step) / "variables.index").write_bytes(b"")
+
+
+def test_the_newest_valid_one_is_taken_and_the_newer_are_told_once(tmp_path: Path) -> None:
+    paths = saved(tmp_path, 10, 20, 30)
+    damage(paths, 20)
+    damage(paths, 30)
+    said: list[str] = []
+    checkpoints = Checkpoints(paths, read, said.append)
+    for _ in range(2):
+        assert checkpoints.newest() == (10, str(paths.checkpoints_dir / "step-00000010"))
+    assert said == [
+        "checkpoint step-00000030 is not used: variables.index has 0 bytes instead of 5",
+        "checkpoint step-00000020 is not used: variables.index has 0 bytes instead of 5",
+        "the newest valid checkpoint is step-00000010: it is used instead",
+    ]
+
+
+def test_none_valid_is_refused_with_every_candidate_and_its_reason(tmp_path: Path) -> None:
+    paths = saved(tmp_path, 10, 20)
+    damage(paths, 10)
+    damage(paths, 20)
+    with pytest.raises(RestoreError) as refusal:
+        Checkpoints(paths, read, print).newest()
+    text = str(refusal.value)
+    assert "step-00000010: variables.index has 0 bytes" in text
+    assert "step-00000020: variables.index has 0 bytes" in text
+
+
+def test_checkpoints_that_are_gone_are_no_reason_to_begin_at_step_0(tmp_path: Path) -> None:
+    paths = saved(tmp_path, 10, 20)
+    shutil.rmtree(paths.checkpoints_dir)
+    with pytest.raises(RestoreError, match="tells of 2, the last of step 20, and all are gone"):
+        Checkpoints(paths, read, print).newest()
+
+
+def test_a_run_that_never_saved_begins_at_step_0(tmp_path: Path) -> None:
+    assert Checkpoints(saved(tmp_path), read, print).newest() is None
