@@ -39,6 +39,7 @@ from orchestrator.spec.messages import (
     BlockDone,
     Message,
     Outcome,
+    is_kept,
     to_record,
 )
 from orchestrator.spec.paths import RunPaths
@@ -253,8 +254,8 @@ class _Run:
         return self._signals[-1] if self._signals else None
 
     def _observe(self, message: Message) -> None:
-        record = to_record(message)
-        self._record.add(record)
+        if is_kept(message):
+            self._record.add(to_record(message))
         self._tally.observe(message)
         self._screen.observe(message)
         if not self._tracking and isinstance(message, BlockDone):

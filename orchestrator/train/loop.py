@@ -86,7 +86,8 @@ class Loop:
             if self._schedule.evaluation_due(step):
                 self._evaluate(step)
             if self._parts.audit is not None and self._schedule.audit_due(step):
-                self._parts.audit.check(step)
+                with self._parts.reporter.within(Phase.evaluating):
+                    self._parts.audit.check(step)
             wish = self._wish(result, num_steps, wall_s)
             decision = self._parts.agreement.decide(wish)
             self._parts.guard.refuse(result, first, wish, decision)
@@ -114,7 +115,8 @@ class Loop:
             parts.profile.before(step)
         result = parts.guard.cut(parts.step.run(step, num_steps, feed))
         if parts.profile is not None:
-            parts.profile.after(after)
+            with parts.reporter.within(Phase.saving):
+                parts.profile.after(after)
         wall_s = parts.clock() - start
         self._report(step, result, rates, (wall_s, data_wait_s))
         if parts.reporter.phase is Phase.tracing:
@@ -159,7 +161,8 @@ class Loop:
         if self._is_chief and self._parts.on_block is not None:
             means = {name: float(np.mean(v)) for name, v in series.items()}
             loss = means.pop("loss")
-            self._parts.on_block(Progress(step + num_steps, num_steps, loss, means))
+            with self._parts.reporter.within(Phase.calling_back):
+                self._parts.on_block(Progress(step + num_steps, num_steps, loss, means))
 
     def _wish(self, result: BlockResult, num_steps: int, wall_s: float) -> Wish:
         self._length.measured(num_steps, wall_s)
@@ -218,6 +221,11 @@ class Loop:
         parts.reporter.enter(Phase.stepping)
 
     def _save(self, step: int) -> None:
+        # A save waits for the one before, and that for the disk.
+        with self._parts.reporter.within(Phase.saving):
+            self._save_all(step)
+
+    def _save_all(self, step: int) -> None:
         if isinstance(self._parts.feeder, StreamFeeder):
             self._parts.feeder.save(step)
             # The chief commits the folder only once every worker's streams lie in it.
