@@ -126,8 +126,10 @@ def ready(worker: int = 0, start_step: int = 0) -> Ready:
     )
 
 
-def beacon(worker: int = 0, phase: Phase = Phase.stepping, step: int = 0) -> Beacon:
-    return Beacon(worker=worker, attempt=0, time=0.0, phase=phase, step=step)
+def beacon(
+    worker: int = 0, phase: Phase = Phase.stepping, step: int = 0, detail: str = ""
+) -> Beacon:
+    return Beacon(worker=worker, attempt=0, time=0.0, phase=phase, step=step, detail=detail)
 
 
 def block(worker: int = 0, first_step: int = 0, num_steps: int = 4) -> BlockDone:
