@@ -25,7 +25,7 @@ _CALLBACK = re.compile(r"/tensorflow/python/ops/script_ops\.py$")
 _GRAPHS = re.compile(r"/orchestrator/train/(step|evaluate|agreement|audit)\.py$")
 _INPUT = re.compile(r"/orchestrator/train/(data|stream_feeder|replica_stream)\.py$")
 # Where a thread waits for another one.
-_WAITING = re.compile(r"/(threading|concurrent/futures/_base|queue)\.py$")
+_WAITING = re.compile(r"/(threading|concurrent/futures/(_base|thread)|queue)\.py$")
 # Threads that never run a job's code.
 _OWN_THREADS = re.compile(r"/orchestrator/train/(link|report)\.py$")
 # The function of the thread that lives the worker's life.

@@ -18,7 +18,7 @@ from orchestrator.spec.channel import REQUEST_BYTES, Unframer
 from orchestrator.spec.memory import (
     Memory,
     MemoryLimit,
-    gigabytes,
+    bytes_text,
     memory_limit,
     memory_of,
     oom_kills,
@@ -200,10 +200,10 @@ class WorkerProcess:
         return any(after.get(file, 0) > count for file, count in before.items())
 
     def _memory_in_words(self) -> str:
-        held = "" if self._memory is None else f"it held {gigabytes(self._memory.peak_bytes)}"
+        held = "" if self._memory is None else f"it held {bytes_text(self._memory.peak_bytes)}"
         limit = ""
         if self._limit is not None:
-            limit = f"the limit {self._limit.source} is {gigabytes(self._limit.num_bytes)}"
+            limit = f"the limit {self._limit.source} is {bytes_text(self._limit.num_bytes)}"
         advice = (
             "give the worker more memory, keep less data in it, or lower train.global_batch_size "
             "or raise train.micro_batches"

@@ -68,7 +68,7 @@ def still_counted(files: Iterable[Path]) -> dict[Path, int]:
     return {file: count for file, count in found.items() if count is not None}
 
 
-def gigabytes(num_bytes: int) -> str:
+def bytes_text(num_bytes: int) -> str:
     """Return a size in words: GiB, or MiB if it is less than one."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 

@@ -23,7 +23,7 @@ from orchestrator.errors import (
     StartFailed,
     StorageError,
 )
-from orchestrator.spec.memory import gigabytes, memory_limit, memory_of
+from orchestrator.spec.memory import bytes_text, memory_limit, memory_of
 from orchestrator.spec.messages import Beacon, Cause, Failed, Message, Phase, WorkerOrder
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
@@ -149,10 +149,10 @@ class Reporter:
         for kind, cause in _CAUSES.items():
             if isinstance(error, kind):
                 return cause
-        if isinstance(error, _COLLATERAL) and self._order.plan.num_workers > 1:
-            return Cause.start if self.phase is Phase.connecting else Cause.collateral
         if self.phase in (Phase.starting, Phase.connecting):
             return Cause.start
+        if isinstance(error, _COLLATERAL) and self._order.plan.num_workers > 1:
+            return Cause.collateral
         return Cause.job
 
 
@@ -171,9 +171,9 @@ def out_of_memory(error: BaseException, plan: RunPlan, worker: int) -> str:
     if memory is None or limit is None:
         return f"; {advice}"
     return (
-        f"; worker {worker} held {gigabytes(memory.held_bytes)} of memory, at most "
-        f"{gigabytes(memory.peak_bytes)}, the limit {limit.source} is "
-        f"{gigabytes(limit.num_bytes)}: {advice}"
+        f"; worker {worker} held {bytes_text(memory.held_bytes)} of memory, at most "
+        f"{bytes_text(memory.peak_bytes)}, the limit {limit.source} is "
+        f"{bytes_text(limit.num_bytes)}: {advice}"
     )
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ TWO = ("strategy=multi_worker", "strategy.num_workers=2")
 PATIENCE_S = 3.0
 # For a busy machine, over what is promised of a quiet one.
 SLACK_S = 5.0
+# Takes a processor for ten seconds.
+HOG = "import time; end = time.monotonic() + 10\nwhile time.monotonic() < end: pass"
 
 
 @dataclass(frozen=True)
@@ -185,3 +188,37 @@ def test_signs_of_life_do_not_fill_the_journal(troubles: Troubles) -> None:
     beacons = rig.records(run, "Beacon")
     assert all(beacon["begins"] for beacon in beacons)
     assert rig.records(run, "Stacks") == []
+
+
+def test_what_takes_its_time_is_no_stall(tmp_path: Path) -> None:
+    # Everything takes longer than the patience with steps, and nothing tells of it by itself.
+    long_s = PATIENCE_S + 1.5
+    slow = [f"job.args.{name}_s={long_s}" for name in ("trace", "eval", "block")]
+    process = rig.start(
+        "train",
+        *JOB,
+        *TWO,
+        *slow,
+        "job.args.fsync_s=0.9",
+        "checkpoint.every_steps=60",
+        "train.steps=120",
+        f"recovery.step_patience_s={PATIENCE_S}",
+        "export.enabled=false",
+        cwd=tmp_path,
+    )
+    hogs: list[subprocess.Popen[bytes]] = []
+    try:
+        rig.wait_for_step(tmp_path, 4)
+        hogs += [subprocess.Popen([sys.executable, "-c", HOG]) for _ in range(12)]
+        ended = rig.finish(process, tmp_path)
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+        end(process)
+    assert ended.code == 0, ended.out
+    run = ended.run
+    assert [r["attempt"] for r in rig.records(run, "AttemptStarted")] == [1], ended.out
+    assert rig.records(run, "Evaluated")[0]["wall_s"] > long_s
+    assert max(r["wall_s"] for r in rig.records(run, "Saved")) > PATIENCE_S
+    assert max(r["wall_s"] for r in rig.records(run, "BlockDone")) > long_s  # it was traced
