@@ -172,14 +172,15 @@ def describe_stall(
             f"; it has told nothing for {now - seen.heard:.0f} s: a call holds Python's "
             "interpreter lock, or the process gets no processor"
         )
+    is_in_loop = _position(seen)[1] == _IN_THE_LOOP
     waiting = [
         str(other)
         for other, theirs in places.items()
-        if other != worker and (theirs is None or theirs.is_in_runtime)
+        if other != worker and (not is_in_loop or theirs is None or theirs.is_in_runtime)
     ]
     if waiting and not _all_in_runtime(places):
         noun, verb = ("worker", "waits") if len(waiting) == 1 else ("workers", "wait")
-        what = "in the all-reduce" if _position(seen)[1] == _IN_THE_LOOP else "for it"
+        what = "in the all-reduce" if is_in_loop else "for it"
         text += f"; {noun} {_listed(waiting)} {verb} {what}"
     return text
 

@@ -147,10 +147,10 @@ class WorkerProcess:
             self._child.signal(signal.SIGKILL)
         if state == "t" and tracer:
             self._tell_held(tracer)
-        self._memory = memory_of(pid) or self._memory
-        self._limit = memory_limit(pid) or self._limit
-        if counters := oom_kills(pid):
-            self._oom_kills.append(counters)
+        if (memory := memory_of(pid)) is None:
+            return  # it is ending: its cgroup may be another one already
+        self._memory, self._limit = memory, memory_limit(pid)
+        self._oom_kills.append(oom_kills(pid))
 
     def _tell_held(self, tracer: int) -> None:
         """Speak for a process that a debugger holds: it can send no beacons itself."""

@@ -129,7 +129,11 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Troubles]:
         ended = rig.finish(running.process, running.folder)
     finally:
         end(running.process)
-    yield Troubles(ended, *told, running.gone_s)
+    found = Troubles(ended, *told, running.gone_s)
+    for name in ("stuck", "holding", "stopped", "stopped_chief"):
+        print(f"{name}: told after {getattr(found, name).detected_s:.1f} s")
+    print(f"stopped ones gone {max(found.gone_s):.1f} s later")
+    yield found
 
 
 def end(process: subprocess.Popen[str]) -> None:

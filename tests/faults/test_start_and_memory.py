@@ -62,7 +62,7 @@ from tests.train.tiny import Tiny
 
 class TooMuch(Tiny):
     def source(self, split):
-        return np.ones(1 << 60)
+        return np.ones(1 << 55)
 """
 PTRACE_ATTACH, PTRACE_DETACH = 16, 17
 # Holds a process as a debugger does, until its input ends.
@@ -216,7 +216,7 @@ def test_a_job_that_asks_for_too_much_memory_is_told_with_its_figures(
     failed = heard_until(agent, Death, Failed)[-1]
     assert isinstance(failed, Failed) and failed.cause is Cause.job
     assert re.search(
-        r"Unable to allocate 8\.00 EiB.*; worker 0 held [\d.]+ [GM]iB of memory, at most "
+        r"Unable to allocate 256\. PiB.*; worker 0 held [\d.]+ [GM]iB of memory, at most "
         r"[\d.]+ [GM]iB, the limit of .* is [\d.]+ [GM]iB: .*train\.micro_batches=2",
         failed.error,
     ), failed.error

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from orchestrator.spec.messages import (
+    Beacon,
     BlockDone,
     Cause,
     Ended,
@@ -20,12 +21,13 @@ from orchestrator.spec.messages import (
     Failed,
     Message,
     Outcome,
+    Phase,
     Ready,
     Request,
     Saved,
     WorkerOrder,
 )
-from orchestrator.spec.schema import BestMode, Weights
+from orchestrator.spec.schema import BestMode, Compile, Weights
 from orchestrator.train import store, worker
 from orchestrator.train.checkpoint import read_model, read_section
 from tests.plans import tiny_plan
@@ -215,3 +217,10 @@ def test_the_average_of_the_weights_is_exported_on_request(tmp_path: Path, weigh
     for variable, value in zip(twin.variables, read_model(path).values(), strict=True):
         variable.assign(value)
     assert np.abs(golden["outputs"] - twin(golden["inputs"])).max() > 1e-3
+
+
+def test_compiling_in_the_midst_of_steps_is_told_as_tracing(tmp_path: Path) -> None:
+    told = live(tmp_path, train__compile=Compile.xla, export__enabled=False)
+    phases = [(m.phase, m.detail) for m in only(told, Beacon) if m.begins]
+    at = phases.index((Phase.tracing, "XLA"))
+    assert phases[at - 1][0] is Phase.tracing and phases[at + 1][0] is Phase.stepping
