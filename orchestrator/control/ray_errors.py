@@ -8,8 +8,8 @@ from ray.exceptions import OutOfMemoryError, RayError
 
 from orchestrator.control.ray_join import first_line
 
-# Of Ray 2.60: "Memory on the node (IP: …) … was 14.9GB / 15.6GB (0.95), which exceeds …".
-_USAGE = re.compile(r"(\d[\d.]*\s?[KMGT]?i?B) / (\d[\d.]*\s?[KMGT]?i?B) \(([\d.]+)\)")
+# Of Ray 2.60: "Memory on the node (IP: …, ID: …) was 14.9GB used / 15.6GB limit (0.95)".
+_USAGE = re.compile(r"was (\S+) used / (\S+) limit")
 
 
 def why_lost(error: RayError) -> str:
@@ -18,7 +18,7 @@ def why_lost(error: RayError) -> str:
     if not isinstance(error, OutOfMemoryError):
         return first_line(error)
     found = _USAGE.search(str(error))
-    held = f": {found[1]} of {found[2]} were in use" if found else ""
+    held = f": {found[1]} of {found[2]} are in use" if found else ""
     return (
         f"Ray's memory monitor ended it because the memory of its node ran out{held}; give the "
         "node more memory or fewer workers, keep less data in memory, or raise Ray's limit "
