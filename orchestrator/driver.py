@@ -50,6 +50,7 @@ from orchestrator.spec.messages import (
     BlockDone,
     Message,
     Outcome,
+    is_kept,
     to_record,
 )
 from orchestrator.spec.paths import RunPaths
@@ -330,8 +331,9 @@ class _Run:
         return self._supervisor.run()
 
     def _observe(self, message: Message) -> None:
-        self._record.add(to_record(message))
-        self._watch_journal()
+        if is_kept(message):
+            self._record.add(to_record(message))
+            self._watch_journal()
         self._tally.observe(message)
         self._screen.observe(message)
         if not self._tracking and isinstance(message, BlockDone):

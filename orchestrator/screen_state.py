@@ -280,7 +280,7 @@ def _told(message: Message) -> Line:
             where = f"worker {message.worker} failed at step {message.step:,}"
             return Line(f"{where} while {message.phase.value}: {message.error}", Tone.bad)
         case Death():
-            return Line(f"worker {message.worker} died: {message.error}", Tone.bad)
+            return Line(f"worker {message.worker} is lost: {message.error}", Tone.bad)
         case Ended() | _:
             return Line("")
 

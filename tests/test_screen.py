@@ -402,7 +402,7 @@ def test_the_first_failure_is_told_and_its_consequences_are_not() -> None:
     told = [line for line in stream.text().splitlines() if line.startswith("worker")]
     assert told == [
         "worker 0 failed at step 7 while stepping: error of 0",
-        "worker 2 died: killed by signal 9",
+        "worker 2 is lost: killed by signal 9",
     ]
 
 

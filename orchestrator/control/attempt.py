@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from dataclasses import dataclass, field
 
 from orchestrator.spec.messages import (
@@ -14,17 +16,52 @@ from orchestrator.spec.messages import (
     Outcome,
     Phase,
     Ready,
+    Saved,
+    Stacks,
 )
+
+_COUNTED_BLOCKS = 200
+
+
+@dataclass(slots=True)
+class BlockTimes:
+    """How long blocks take, by the last ones of all workers."""
+
+    traced_s: float = 0.0
+    last_s: deque[float] = field(default_factory=lambda: deque(maxlen=_COUNTED_BLOCKS))
+
+    def add(self, wall_s: float, *, traced: bool) -> None:
+        """Count a block; one that traced or compiled tells little about the others."""
+        if traced:
+            self.traced_s = wall_s
+        else:
+            self.last_s.append(wall_s)
+
+    @property
+    def slow_s(self) -> float:
+        """The 99th percentile; of blocks that traced as long as there is no other."""
+        if not self.last_s:
+            return self.traced_s
+        return sorted(self.last_s)[math.ceil(0.99 * len(self.last_s)) - 1]
 
 
 @dataclass(slots=True)
 class Seen:
-    """What is known of one worker in one attempt; `heard` is a time of the supervisor's clock."""
+    """What is known of one worker in one attempt; times are of the supervisor's clock.
+
+    Attributes:
+        heard: when it last told anything.
+        moved: when it last told something else than before.
+        stacks: its Python stacks, since they were asked for.
+    """
 
     heard: float
+    moved: float = 0.0
     host: str = ""
     phase: Phase | None = None
     step: int = 0
+    detail: str = ""
+    stacks: str | None = None
     ended: Outcome | None = None
 
 
@@ -37,6 +74,7 @@ class Attempt:
         began_at: the step of the checkpoint it was restored from; 0 without.
         workers: by index in TF_CONFIG.
         made_steps: whether any block was finished.
+        block_s: how long the slowest 1 % of the last blocks took, without those that traced.
         ready: whether any worker has its model.
         failures: in the order they were heard.
     """
@@ -47,29 +85,53 @@ class Attempt:
     made_steps: bool = False
     ready: bool = False
     failures: list[Failed | Death] = field(default_factory=list)
+    _blocks: BlockTimes = field(default_factory=BlockTimes)
 
     @classmethod
     def begin(cls, number: int, began_at: int, num_workers: int, now: float) -> Attempt:
         """Return an attempt of which nothing was heard yet."""
-        workers = {worker: Seen(heard=now, step=began_at) for worker in range(num_workers)}
+        workers = {
+            worker: Seen(heard=now, moved=now, step=began_at) for worker in range(num_workers)
+        }
         return cls(number, began_at, workers)
 
     def observe(self, message: Message, now: float) -> None:
         """Take note of what a worker told."""
         seen = self.workers[message.worker]
+        if isinstance(message, Stacks):
+            seen.stacks = message.text  # it is the agent that tells
+            return
         seen.heard = now
+        # Checkpoints are written beside the steps: they are no progress of these.
+        if not isinstance(message, Saved | Beacon):
+            seen.moved = now
         if isinstance(message, Ready):
             seen.host, seen.step, self.ready = message.host, message.start_step, True
         elif isinstance(message, Beacon):
             # A beacon that was on its way while a block ended knows less.
-            seen.phase, seen.step = message.phase, max(seen.step, message.step)
+            told = (message.phase, max(seen.step, message.step), message.detail)
+            if told != (seen.phase, seen.step, seen.detail):
+                seen.moved = now
+            seen.phase, seen.step, seen.detail = told
         elif isinstance(message, BlockDone):
+            self._blocks.add(message.wall_s, traced=seen.phase is Phase.tracing)
+            seen.phase, seen.detail = Phase.stepping, ""
             seen.step = message.first_step + message.num_steps
             self.made_steps = True
         elif isinstance(message, Ended):
             seen.ended = message.outcome
         elif isinstance(message, Failed | Death):
             self.failures.append(message)
+
+    def reset(self, now: float) -> None:
+        """Begin to count silence, as the workers have just been started."""
+        for seen in self.workers.values():
+            seen.heard = seen.moved = now
+
+    @property
+    def block_s(self) -> float:
+        """Seconds that a slow block takes; 0 before any was made."""
+        return self._blocks.slow_s
 
     @property
     def outcome(self) -> Outcome | None:

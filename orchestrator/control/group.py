@@ -26,7 +26,10 @@ class WorkerGroup(Protocol):
         """Wait until something is heard, at most `timeout_s`; a lost worker is a `Death`."""
 
     def request(self, request: Request) -> None:
-        """Ask every worker for something; answers come as messages, stacks as files."""
+        """Ask every worker for something; answers come as messages."""
+
+    def where(self, worker: int) -> str:
+        """Return a worker's node, with its address if it has one; empty if it is not known."""
 
     def prove_export(self) -> None:
         """Run the clean-process check of the exported model on the chief's node.

@@ -32,6 +32,7 @@ class ProcessGroup:
         self._gpus = gpus
         self._plan: RunPlan | None = None
         self._agents: list[Agent] = []
+        self._addresses: tuple[str, ...] = ()
 
     def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
         """Start every worker's process.
@@ -54,6 +55,7 @@ class ProcessGroup:
         if plan.num_workers > 1:
             ports = [agent.reserve_port(*self._ports) for agent in self._agents]
             addresses = tuple(f"127.0.0.1:{port}" for port in ports)
+        self._addresses = addresses
         for worker, agent in enumerate(self._agents):
             order = WorkerOrder(
                 plan=plan,
@@ -80,6 +82,10 @@ class ProcessGroup:
         """Ask every worker for something."""
         for agent in self._agents:
             agent.request(request)
+
+    def where(self, worker: int) -> str:
+        """Return the address of a worker, if it has one."""
+        return self._addresses[worker] if self._addresses else ""
 
     def prove_export(self) -> None:
         """Run the clean-process check of the exported model."""

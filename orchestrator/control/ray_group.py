@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.ray_agent import RayAgent
+from orchestrator.control.ray_errors import why_lost
 from orchestrator.control.ray_join import LOOPBACK, first_line, join, start_local
 from orchestrator.errors import ClusterError, OrchestratorError, StartFailed
 from orchestrator.spec.messages import Death, Message, Request, WorkerOrder
@@ -73,6 +74,7 @@ class RayGroup:
         self._plan: RunPlan | None = None
         self._placement: Any = None
         self._seats: dict[int, _Seat] = {}
+        self._addresses: tuple[str, ...] = ()
 
     def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
         """Place an agent for each worker, then start every worker's process.
@@ -119,6 +121,12 @@ class RayGroup:
         """Ask every worker for something."""
         for seat in self._ordered:
             seat.actor.request.remote(request)
+
+    def where(self, worker: int) -> str:
+        """Return a worker's node, with its address if it has one."""
+        seat = self._seats.get(worker)
+        host = str(seat.node.get("host", "")) if seat is not None else ""
+        return f"{host} ({self._addresses[worker]})" if self._addresses else host
 
     def prove_export(self) -> None:
         """Run the clean-process check of the export on the chief's node."""
@@ -230,6 +238,7 @@ class RayGroup:
             ports = self._reserve_ports(first, last)
             hosts = [LOOPBACK if self._is_local else seat.node["ip"] for seat in self._ordered]
             addresses = tuple(f"{host}:{port}" for host, port in zip(hosts, ports, strict=True))
+        self._addresses = addresses
         starting = []
         for seat in self._ordered:
             gpus = seat.node["visible_gpus"] if plan.device_kind == "GPU" else ""
@@ -266,7 +275,7 @@ class RayGroup:
             worker=seat.worker,
             attempt=self._attempt,
             time=time.time(),
-            error=f"its agent on {seat.node.get('host', '?')} is gone: {first_line(error)}",
+            error=f"its agent on {seat.node.get('host', '?')} is gone: {why_lost(error)}",
             exit_status=None,
             log_path=str(log),
             log_tail="",
@@ -286,7 +295,7 @@ class RayGroup:
                 raise error.cause from None
             raise StartFailed(f"an agent failed: {first_line(error.cause)}") from error
         except RayError as error:
-            raise StartFailed(f"an agent could not start: {first_line(error)}") from error
+            raise StartFailed(f"an agent could not start: {why_lost(error)}") from error
 
 
 def _bundle(plan: RunPlan) -> dict[str, float]:

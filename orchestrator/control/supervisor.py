@@ -10,18 +10,15 @@ from orchestrator.control.folders import bury, prepare
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.policy import Failure, GiveUp, Retry, decide
 from orchestrator.control.story import first_failure, start_failure, tell, tells_all
-from orchestrator.control.watch import describe_stall, stalled
-from orchestrator.control.worker_process import log_tail
+from orchestrator.control.watch import Watchdog
 from orchestrator.errors import ClusterError, Interrupted, JobError, StartFailed
-from orchestrator.spec.messages import Cause, Death, Message, Outcome, Phase, Request
+from orchestrator.spec.messages import Cause, Message, Outcome, Phase, Request
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
 _POLL_S = 0.2
 # After the first failure: how long the other workers may take to tell their story.
 _STORY_S = 1.5
-# How long dumping Python stacks may take before the stalled group is ended.
-_STACKS_S = 0.5
 # How long a stop waits for the first block of an attempt, which may compile for minutes.
 _FIRST_BLOCK_S = 15.0
 
@@ -114,9 +111,10 @@ class Supervisor:
             if cause is Cause.start:
                 self._observe(failure)
             return None
-        now = self._clock()
-        for seen in attempt.workers.values():
-            seen.heard = now
+        attempt.reset(self._clock())
+        for worker, seen in attempt.workers.items():
+            seen.host = self._group.where(worker)
+        watchdog = Watchdog(self._plan, self._group, self._clock)
         self._listening = True
         while not attempt.failures:
             if self._stops and self._has_nothing_to_save(attempt):
@@ -125,7 +123,7 @@ class Supervisor:
             self._listen(attempt)
             if attempt.outcome is not None:
                 return self._end_well(attempt.outcome)
-            self._watch(attempt)
+            self._watch(attempt, watchdog)
         self._listening = False
         self._hear_the_others(attempt)
         return None
@@ -165,33 +163,14 @@ class Supervisor:
             self._group.prove_export()
         return outcome
 
-    def _watch(self, attempt: Attempt) -> None:
-        """Turn silence beyond patience into a death of the worker that is behind."""
-        if self._plan.config.cluster.name is ClusterName.inline:
-            return  # a debugger may hold it
-        now = self._clock()
-        worker = stalled(attempt, self._plan.config.recovery, now)
-        if worker is None or attempt.failures:
-            return
-        self._group.request(Request.STACKS)
-        deadline = self._clock() + _STACKS_S
-        while self._clock() < deadline and not attempt.failures:
-            self._listen(attempt)
-        seen = attempt.workers[worker]
-        if attempt.failures or seen.heard > now:
-            return  # it was slow, and has spoken meanwhile
-        paths, number = self._plan.paths, attempt.number
-        stall = Death(
-            worker=worker,
-            attempt=number,
-            time=time.time(),
-            error=describe_stall(seen, now),
-            exit_status=None,
-            log_path=str(paths.worker_log(number, worker)),
-            log_tail=log_tail(paths.worker_stacks(number, worker)),
-        )
-        attempt.failures.append(stall)
-        self._observe(stall)
+    def _watch(self, attempt: Attempt, watchdog: Watchdog) -> None:
+        """Turn a worker that makes no progress beyond patience into one that is lost."""
+        if attempt.failures or self._plan.config.cluster.name is ClusterName.inline:
+            return  # inline, a debugger may hold it
+        stall = watchdog.look(attempt)
+        if stall is not None:
+            attempt.failures.append(stall)
+            self._observe(stall)
 
     def _hear_the_others(self, attempt: Attempt) -> None:
         """Wait a little: the first to be heard may be the victim of another's failure."""

@@ -28,6 +28,7 @@ class Phase(Enum):
     restoring = "restoring"
     tracing = "tracing"
     stepping = "stepping"
+    calling_back = "calling the job back"
     evaluating = "evaluating"
     saving = "saving"
     exporting = "exporting"
@@ -73,11 +74,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beacon(Message):
-    """A sign of life: where the worker is."""
+    """A sign of life: where the worker is.
+
+    Attributes:
+        begins: whether the phase begins here; others come once a second, whatever happens, and are
+            not kept in the journal.
+    """
 
     phase: Phase
     step: int
     detail: str = ""
+    begins: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +230,20 @@ class Ended(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stacks(Message):
+    """The Python stacks of a worker, as `faulthandler` writes them; sent by its agent when asked.
+
+    `text` is empty if the process could not write them.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Death(Message):
     """A worker's process or its agent is gone; made by the agent or the group, not by the worker.
+
+    Or it is as good as gone: it makes no progress, and the supervisor ends it.
 
     `error` is one line; `exit_status` is the process's, negative for a signal, None if unknown.
     """
@@ -268,9 +287,15 @@ MESSAGE_KINDS: dict[str, type[Message]] = {
         Notice,
         Failed,
         Ended,
+        Stacks,
         Death,
     )
 }
+
+
+def is_kept(message: Message) -> bool:
+    """Tell whether a message belongs into the journal; signs of life would only fill it."""
+    return not isinstance(message, Stacks) and getattr(message, "begins", True)
 
 
 def to_record(message: Message) -> dict[str, Any]:

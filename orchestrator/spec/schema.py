@@ -256,7 +256,12 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RecoveryConfig:
-    """How patient and how stubborn the supervisor is."""
+    """How patient and how stubborn the supervisor is.
+
+    Attributes:
+        start_patience_s: seconds without progress, in every phase but stepping, that are a stall.
+        step_patience_s: the same while stepping; at least five of the slowest blocks count.
+    """
 
     max_restarts: int
     start_patience_s: float

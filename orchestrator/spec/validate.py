@@ -117,11 +117,14 @@ def _numbers(config: RunConfig) -> Iterator[str]:
     # An agent's long poll lasts a second: a shorter limit would end healthy workers.
     if config.cluster.driver_silence_s < 3:
         yield f"cluster.driver_silence_s={config.cluster.driver_silence_s}: must be at least 3"
-    if config.recovery.step_patience_s < 2 * config.train.block_s:
-        yield (
-            f"recovery.step_patience_s={config.recovery.step_patience_s:g} is shorter than two "
-            f"blocks of train.block_s={config.train.block_s:g}: every block would be a stall"
-        )
+    # Beacons come once a second: with less than three, one that is late would be a stall.
+    for key in ("start_patience_s", "step_patience_s"):
+        value = getattr(config.recovery, key)
+        if 0 < value < 3:
+            yield (
+                f"recovery.{key}={value:g} is shorter than three beacons of a worker, which come "
+                "once a second: must be at least 3"
+            )
 
 
 def _strategy(config: RunConfig) -> Iterator[str]:

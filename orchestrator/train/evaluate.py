@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -38,8 +38,11 @@ class Evaluation:
         replicas: range,
         source: Source,
         resident: Resident,
+        progress: Callable[[str], None] = lambda text: None,
     ):
+        """Prepare; nothing is traced yet. `progress` is told how far a run has come."""
         self.num_traces = 0
+        self._progress = progress
         self._plan = plan
         self._job = job
         self._model = model
@@ -88,6 +91,7 @@ class Evaluation:
             sums = self._run(tf.constant(num_steps, tf.int32), feeds)
             part = self._strategy.experimental_local_results(sums)[0].numpy()
             total = part if total is None else total + part
+            self._progress(f"{first + num_steps:,} of {self._plan.eval_steps:,} steps")
         assert self._layout is not None
         columns = self._layout.split(total[None, 1:])
         sums_by_name = {name: column[0] for name, column in columns.items()}

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from orchestrator.errors import JobError
-from orchestrator.spec.messages import Notice
+from orchestrator.spec.messages import Notice, Phase
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import OnNan
 from orchestrator.train import store
@@ -131,7 +131,8 @@ class NanGuard:
                     f"{what}; for the {self._rollbacks[1]}th time since the "
                     f"checkpoint of step {checkpoint}; going back there does not help"
                 )
-            restore(self._folder(checkpoint), self._variables)
+            with self._reporter.within(Phase.restoring):
+                restore(self._folder(checkpoint), self._variables)
             if self._worker == 0:
                 text = f"{what}; the weights are those of step {checkpoint} again"
                 self._reporter.tell(Notice, text=text)
@@ -141,7 +142,8 @@ class NanGuard:
         number = 0
         if self._worker == 0:
             if self._saver is not None:
-                self._saver.wait()
+                with self._reporter.within(Phase.saving):
+                    self._saver.wait()
             path = store.newest_valid(self._plan.paths.checkpoints_dir).path
             number = 0 if path is None else store.step_of(path) + 1
         agreed = self._agreement.decide(Wish(number=number)).number

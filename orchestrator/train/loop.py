@@ -96,7 +96,8 @@ class Loop:
             if self._schedule.evaluation_due(step):
                 self._evaluate(step)
             if self._parts.audit is not None and self._schedule.audit_due(step):
-                self._parts.audit.check(step)
+                with self._parts.reporter.within(Phase.evaluating):
+                    self._parts.audit.check(step)
             wish = self._wish(result, num_steps, wall_s)
             decision = self._parts.agreement.decide(wish)
             self._parts.guard.refuse(result, first, wish, decision)
@@ -121,7 +122,8 @@ class Loop:
             parts.profile.before(step)
         result = parts.guard.cut(parts.step.run(step, num_steps, feed))
         if parts.profile is not None:
-            parts.profile.after(after)
+            with parts.reporter.within(Phase.saving):
+                parts.profile.after(after)
         wall_s = parts.clock() - start
         self._report(step, result, rates, (wall_s, data_wait_s))
         if parts.reporter.phase is Phase.tracing:
@@ -166,7 +168,8 @@ class Loop:
         if self._is_chief and self._parts.on_block is not None:
             means = {name: float(np.mean(v)) for name, v in series.items()}
             loss = means.pop("loss")
-            self._parts.on_block(Progress(step + num_steps, num_steps, loss, means))
+            with self._parts.reporter.within(Phase.calling_back):
+                self._parts.on_block(Progress(step + num_steps, num_steps, loss, means))
 
     def _wish(self, result: BlockResult, num_steps: int, wall_s: float) -> Wish:
         self._length.measured(num_steps, wall_s)
@@ -210,7 +213,9 @@ class Loop:
         if decision.stop or decision.finish or step == self._plan.total_steps:
             self._saving.save_last(step, best)
         elif decision.save:
-            self._saving.save(step, best)
+            # A save may wait for the one before, and that for the disk.
+            with self._parts.reporter.within(Phase.saving):
+                self._saving.save(step, best)
             self._is_best = False
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sysconfig
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +23,9 @@ from orchestrator.errors import (
     StartFailed,
     StorageError,
 )
+from orchestrator.spec.memory import bytes_text, memory_limit, memory_of
 from orchestrator.spec.messages import Beacon, Cause, Failed, Message, Phase, WorkerOrder
+from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
 _CAUSES: dict[type[OrchestratorError], Cause] = {
@@ -31,7 +35,8 @@ _CAUSES: dict[type[OrchestratorError], Cause] = {
     StartFailed: Cause.start,
     ExportError: Cause.export,
 }
-# What survivors of a lost peer see; anything else TensorFlow raises is the job's own doing.
+# What survivors of a lost peer see, and the operations that end with theirs; anything else that
+# TensorFlow raises, such as a lack of memory or an invalid argument, is the job's own doing.
 _COLLATERAL = (
     tf.errors.UnavailableError,
     tf.errors.DeadlineExceededError,
@@ -39,6 +44,7 @@ _COLLATERAL = (
     tf.errors.InternalError,
     tf.errors.CancelledError,
 )
+_BEACON_INTERVAL_S = 1.0
 _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 _FRAME_IN_TEXT = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
 
@@ -56,6 +62,10 @@ class Reporter:
         self.clock = time.monotonic
         self._order = order
         self._send = send
+        self._detail = ""
+        self._gauge: Callable[[], str] | None = None
+        # A beacon of the thread must not overtake one that tells of something newer.
+        self._lock = threading.Lock()
         # A process of its own has its output in its log; inline the terminal is the driver's.
         self._log: IO[str] | None = None
         if order.plan.config.cluster.name is ClusterName.inline:
@@ -75,13 +85,50 @@ class Reporter:
 
     def enter(self, phase: Phase, detail: str = "") -> None:
         """Say that a phase begins; also a line in the worker's log."""
-        self.phase = phase
         self.log(f"{phase.value}{': ' if detail else ''}{detail}")
-        self.tell(Beacon, phase=phase, step=self.step, detail=detail)
+        with self._lock:
+            self.phase, self._detail, self._gauge = phase, detail, None
+            self.tell(Beacon, phase=phase, step=self.step, detail=detail)
 
     def progress(self, detail: str) -> None:
-        """Say how far the present phase has come."""
-        self.tell(Beacon, phase=self.phase, step=self.step, detail=detail)
+        """Say how far the present phase has come; tells the driver with the next beacon."""
+        self._detail = detail
+
+    @contextlib.contextmanager
+    def within(self, phase: Phase, gauge: Callable[[], str] | None = None) -> Iterator[None]:
+        """Be in a phase for a while without a line about it.
+
+        The driver learns of it from the beacons, and so has the patience of that phase. After an
+        error the phase stays, to be told with it.
+
+        Args:
+            phase: the one that begins here; the present one comes back.
+            gauge: returns how far it has come, called once a second in another thread.
+        """
+        before = (self.phase, self._detail, self._gauge)
+        self.phase, self._detail, self._gauge = phase, "", gauge
+        yield
+        self.phase, self._detail, self._gauge = before
+
+    @contextlib.contextmanager
+    def beating(self, interval_s: float = _BEACON_INTERVAL_S) -> Iterator[None]:
+        """Send a beacon at every interval, from a thread that needs nothing but the interpreter."""
+        is_over = threading.Event()
+
+        def beat() -> None:
+            while not is_over.wait(interval_s):
+                gauge = self._gauge
+                detail = gauge() if gauge is not None else self._detail
+                with self._lock:
+                    self.tell(Beacon, phase=self.phase, step=self.step, detail=detail, begins=False)
+
+        thread = threading.Thread(target=beat, name="beacon", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def failed(self, error: BaseException) -> None:
         """Tell the whole story of an error: cause, the user's own frame, traceback."""
@@ -92,7 +139,7 @@ class Reporter:
             step=self.step,
             phase=self.phase,
             cause=self._cause(error),
-            error=_one_line(error),
+            error=_one_line(error) + out_of_memory(error, self._order.plan, self._order.worker),
             user_frame=user_frame(error),
             traceback=text,
         )
@@ -103,11 +150,45 @@ class Reporter:
         for kind, cause in _CAUSES.items():
             if isinstance(error, kind):
                 return cause
-        if isinstance(error, _COLLATERAL) and self._order.plan.num_workers > 1:
-            return Cause.start if self.phase is Phase.connecting else Cause.collateral
         if self.phase in (Phase.starting, Phase.connecting):
             return Cause.start
+        if isinstance(error, _COLLATERAL) and self._order.plan.num_workers > 1:
+            return Cause.collateral
         return Cause.job
+
+
+def out_of_memory(error: BaseException, plan: RunPlan, worker: int) -> str:
+    """Return what to add to an error that tells of a lack of memory; else nothing."""
+    if not isinstance(error, MemoryError | tf.errors.ResourceExhaustedError):
+        return ""
+    micro_batches = 2 * plan.config.train.micro_batches
+    advice = (
+        f"a step needs less with train.micro_batches={micro_batches} or a smaller "
+        "train.global_batch_size"
+    )
+    if "GPU" in str(error):
+        return f"; the memory of a GPU of worker {worker} is full: {advice}"
+    memory, limit = memory_of(os.getpid()), memory_limit(os.getpid())
+    if memory is None or limit is None:
+        return f"; {advice}"
+    return (
+        f"; worker {worker} held {bytes_text(memory.held_bytes)} of memory, at most "
+        f"{bytes_text(memory.peak_bytes)}, the limit {limit.source} is "
+        f"{bytes_text(limit.num_bytes)}: {advice}"
+    )
+
+
+def folder_gauge(folder: Path) -> Callable[[], str]:
+    """Return a gauge of a phase that writes into a folder: how much has come there."""
+
+    def written() -> str:
+        total = 0
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):  # renamed or removed meanwhile
+                total += path.stat().st_size
+        return f"{total / 1e6:,.1f} MB written"
+
+    return written
 
 
 def user_frame(error: BaseException) -> str:

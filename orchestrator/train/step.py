@@ -53,13 +53,17 @@ class TrainStep:
         source: Source,
         resident: Resident,
         tell: Callable[[str], None] = lambda text: None,
+        compiles: Callable[[], None] = lambda: None,
     ):
         """Prepare the functions; nothing is traced before the first block.
 
         Args:
             tell: takes a sentence about how blocks are executed, once it is decided.
+            compiles: called before XLA compiles, which may take long.
         """
         self.num_traces = 0
+        self._compiles = compiles
+        self._compiled_lengths: set[int] = set()
         self.mode = Compile.graph
         self._plan = plan
         self._model = model
@@ -116,6 +120,9 @@ class TrainStep:
         length = num_steps
         if mode is Compile.xla:
             length = self._compiled_length(num_steps)
+            if length not in self._compiled_lengths:
+                self._compiled_lengths.add(length)
+                self._compiles()
         feeds = [
             (_filled(ids, length), {name: _filled(rows, length) for name, rows in features.items()})
             for ids, features in zip(feed.ids, feed.features, strict=True)

@@ -44,7 +44,7 @@ from orchestrator.train.loading import checked_model, load_job, load_source
 from orchestrator.train.loop import Loop, Parts
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.profile import Profile
-from orchestrator.train.report import Reporter
+from orchestrator.train.report import Reporter, folder_gauge
 from orchestrator.train.saver import Saver, require_space, require_staging
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.step import TrainStep
@@ -71,11 +71,12 @@ def run(
         The exit status of the process: 0 if the worker ended well.
     """
     reporter = Reporter(order, send)
-    try:
-        _live(order, reporter, pending)
-    except BaseException as error:  # also KeyboardInterrupt and SystemExit from user code
-        reporter.failed(error)
-        return 1
+    with reporter.beating():
+        try:
+            _live(order, reporter, pending)
+        except BaseException as error:  # also KeyboardInterrupt and SystemExit from user code
+            reporter.failed(error)
+            return 1
     return 0
 
 
@@ -112,7 +113,8 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
         _tell_end(reporter, made, parts.best)
 
     if parts.saver is not None:
-        parts.saver.close()
+        with reporter.within(Phase.saving, folder_gauge(plan.paths.staging_dir(order.attempt))):
+            parts.saver.close()
     if is_chief and outcome is Outcome.completed and plan.config.export.enabled:
         _export(order, reporter, made, _exported_checkpoint(plan, parts.best, step))
     # A worker that leaves early is a lost peer to the others.
@@ -208,7 +210,14 @@ def _assemble(
     if made.eval_source is not None:
         eval_resident = Resident(made.eval_source, made.devices)
         evaluation = Evaluation(
-            plan, job, model, strategy, replicas, made.eval_source, eval_resident
+            plan,
+            job,
+            model,
+            strategy,
+            replicas,
+            made.eval_source,
+            eval_resident,
+            progress=reporter.progress,
         )
     saver = _saver(order, reporter, made)
     agreement = Agreement(strategy, plan, order.worker)
@@ -225,6 +234,7 @@ def _assemble(
             source,
             resident,
             tell=lambda text: reporter.tell(Notice, text=text),
+            compiles=lambda: reporter.enter(Phase.tracing, "XLA"),
         ),
         evaluation=evaluation,
         feeder=make_feeder(order, reporter, source, shards, resident=resident.tables is not None),
@@ -288,7 +298,8 @@ def _tell_end(reporter: Reporter, made: _Made, best: BestEvaluation | None) -> N
             text=f"early stopping at step {reporter.step:,}: {state.num_worse} evaluations in a "
             f"row had no better eval/{state.metric} than {state.value} at step {state.step}",
         )
-    text = made.job.on_end(made.model)
+    with reporter.within(Phase.calling_back):
+        text = made.job.on_end(made.model)
     if text is not None:
         reporter.log(text)
         reporter.tell(Notice, text=text)
@@ -310,9 +321,16 @@ def _export(order: WorkerOrder, reporter: Reporter, made: _Made, checkpoint: Pat
     source = made.eval_source or made.train_source
     averages = made.optimizers.averages if plan.exports_averages else None
     staged = plan.paths.export_staging_dir(order.attempt)
-    signature = export_model(
-        made.job, made.model, source, plan.paths, staged, checkpoint=checkpoint, averages=averages
-    )
+    with reporter.within(Phase.exporting, folder_gauge(staged)):
+        signature = export_model(
+            made.job,
+            made.model,
+            source,
+            plan.paths,
+            staged,
+            checkpoint=checkpoint,
+            averages=averages,
+        )
     reporter.tell(
         Exported,
         step=store.step_of(checkpoint) if checkpoint is not None else reporter.step,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RayError
 
 from orchestrator.control.agent import Agent
+from orchestrator.control.ray_errors import why_lost
 from orchestrator.control.ray_group import _version_differences
 from orchestrator.control.ray_join import _why_not_joined
 from orchestrator.errors import ExitCode
@@ -43,3 +45,18 @@ def test_failures_to_join_are_told_apart(raised: str, chatter: str, told: str) -
     error = _why_not_joined("10.0.0.1:6379", RuntimeError(raised), chatter)
     assert told in str(error) and "10.0.0.1:6379" in str(error)
     assert error.exit_code is ExitCode.CLUSTER_FAILED
+
+
+def test_an_agent_that_rays_memory_monitor_ended_is_told_with_its_figures() -> None:
+    said = (
+        "Task was killed due to the node running low on memory.\n"
+        "Memory on the node (IP: 10.0.0.2, ID: 0123) was 14.91GB used / 15.60GB limit (0.955)"
+    )
+    told = why_lost(OutOfMemoryError(said))
+    assert "memory monitor ended it" in told and "14.91GB of 15.60GB are in use" in told
+    assert "RAY_memory_usage_threshold" in told
+    assert "\n" not in told
+
+
+def test_another_loss_is_told_as_ray_tells_it() -> None:
+    assert why_lost(RayError("The actor died.\nand much more")) == "The actor died."

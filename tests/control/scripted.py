@@ -20,6 +20,7 @@ from orchestrator.spec.messages import (
     Ready,
     Request,
     Saved,
+    Stacks,
 )
 from orchestrator.spec.plan import RunPlan
 
@@ -29,7 +30,7 @@ _FOR_EVER_S = 10_000.0
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """A poll that hears nothing for so long."""
+    """Polls that hear nothing for so long."""
 
     seconds: float
 
@@ -75,7 +76,10 @@ class ScriptedGroup:
         assert self.now < _FOR_EVER_S, "the supervisor waits for ever"
         line = self._lines.pop(0) if self._lines else Silence(timeout_s)
         if isinstance(line, Silence):
-            self.now += line.seconds
+            spent = min(line.seconds, timeout_s)
+            self.now += spent
+            if line.seconds - spent > 1e-9:
+                self._lines.insert(0, Silence(line.seconds - spent))
             return []
         self.now += timeout_s
         if isinstance(line, Message):
@@ -88,6 +92,9 @@ class ScriptedGroup:
     def request(self, request: Request) -> None:
         self.requests.append(request)
         self.calls.append(f"request {request.value}")
+
+    def where(self, worker: int) -> str:
+        return ""
 
     def prove_export(self) -> None:
         self.calls.append("prove_export")
@@ -119,8 +126,10 @@ def ready(worker: int = 0, start_step: int = 0) -> Ready:
     )
 
 
-def beacon(worker: int = 0, phase: Phase = Phase.stepping, step: int = 0) -> Beacon:
-    return Beacon(worker=worker, attempt=0, time=0.0, phase=phase, step=step)
+def beacon(
+    worker: int = 0, phase: Phase = Phase.stepping, step: int = 0, detail: str = ""
+) -> Beacon:
+    return Beacon(worker=worker, attempt=0, time=0.0, phase=phase, step=step, detail=detail)
 
 
 def block(worker: int = 0, first_step: int = 0, num_steps: int = 4) -> BlockDone:
@@ -134,6 +143,10 @@ def block(worker: int = 0, first_step: int = 0, num_steps: int = 4) -> BlockDone
         data_wait_s=0.0,
         ledger=0,
     )
+
+
+def stacks(worker: int = 0, text: str = "") -> Stacks:
+    return Stacks(worker=worker, attempt=0, time=0.0, text=text)
 
 
 def saved(step: int) -> Saved:

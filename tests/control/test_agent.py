@@ -21,7 +21,12 @@ import pytest
 from orchestrator.control.agent import Agent
 from orchestrator.control.folders import prepare
 from orchestrator.control.launcher import Zygote
-from orchestrator.control.worker_process import describe_status, log_tail
+from orchestrator.control.worker_process import (
+    catches,
+    describe_status,
+    log_tail,
+    process_state,
+)
 from orchestrator.errors import StartFailed
 from orchestrator.spec.messages import (
     BlockDone,
@@ -33,6 +38,7 @@ from orchestrator.spec.messages import (
     Outcome,
     Phase,
     Request,
+    Stacks,
     WorkerOrder,
 )
 from orchestrator.spec.plan import RunPlan
@@ -223,8 +229,58 @@ def test_stacks_are_written_on_request(agent: Agent, job_dir: Path) -> None:
     waiting_pid(plan)
     agent.request(Request.STACKS)
     stacks = plan.paths.worker_stacks(1, 0)
-    wait_until(lambda: "waiting_job.py" in stacks.read_text(), "the stacks name the job's file")
+    [told] = [m for m in heard_until(agent, Stacks) if isinstance(m, Stacks)]
+    assert "waiting_job.py" in told.text and told.text in stacks.read_text()
     agent.kill()
+
+
+def test_a_process_that_would_die_of_the_request_is_not_asked_for_stacks(
+    agent: Agent, tmp_path: Path
+) -> None:
+    plan = tiny_plan(tmp_path)
+    stacks = plan.paths.worker_stacks(1, 0)
+    stacks.parent.mkdir(parents=True)
+    os.mkfifo(stacks)  # it hangs where it opens the file, before it can handle the signal
+    log = str(plan.paths.worker_log(1, 0))
+    agent.start(order(plan, 1), 1, log, str(stacks), [])
+    agent.request(Request.STACKS)
+    [told] = [m for m in heard_until(agent, Stacks, Death) if isinstance(m, Stacks | Death)]
+    assert isinstance(told, Stacks) and told.text == ""
+    agent.kill()
+
+
+def test_a_stopped_process_is_ended_and_told(agent: Agent, job_dir: Path) -> None:
+    pid = waiting_pid(start(agent, job_dir, **WAITING))
+    os.kill(pid, signal.SIGSTOP)
+    death = heard_until(agent, Death)[-1]
+    assert isinstance(death, Death)
+    assert death.error.startswith("its process was stopped (SIGSTOP or the like, nobody knows by")
+    assert is_gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "tracer"),
+    [
+        ("Name:\tT\nState:\tS (sleeping)\nTracerPid:\t0\n", "S", 0),
+        ("State:\tT (stopped)\nTracerPid:\t0\n", "T", 0),
+        ("State:\tt (tracing stop)\nTracerPid:\t17\n", "t", 17),
+        ("State:\tD (disk sleep)\nTracerPid:\t0\n", "D", 0),
+    ],
+)
+def test_the_state_of_a_process(tmp_path: Path, status: str, state: str, tracer: int) -> None:
+    (tmp_path / "42").mkdir()
+    (tmp_path / "42" / "status").write_text(status)
+    assert process_state(42, tmp_path) == (state, tracer)
+    assert process_state(43, tmp_path) == ("", 0)
+
+
+def test_a_handled_signal_is_told_from_one_that_ends_the_process(tmp_path: Path) -> None:
+    (tmp_path / "42").mkdir()
+    mask = 1 << (signal.SIGUSR1 - 1) | 1 << (signal.SIGINT - 1)
+    (tmp_path / "42" / "status").write_text(f"SigIgn:\tffff\nSigCgt:\t{mask:016x}\n")
+    assert catches(42, signal.SIGUSR1, tmp_path)
+    assert not catches(42, signal.SIGUSR2, tmp_path)
+    assert not catches(43, signal.SIGUSR1, tmp_path)
 
 
 @pytest.fixture

@@ -198,10 +198,7 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("cluster.port_range=3000-2000", ("cluster.port_range=3000-2000", "FIRST-LAST")),
     # Relations between keys.
     ("train.epochs=null", ("train.epochs", "train.steps", "set one")),
-    (
-        "recovery.step_patience_s=0.9",
-        ("recovery.step_patience_s=0.9", "two blocks", "train.block_s=0.5"),
-    ),
+    ("recovery.step_patience_s=2", ("recovery.step_patience_s=2", "three beacons", "at least 3")),
     ("strategy.num_workers=2", ("strategy.num_workers=2", "mirrored", "strategy=multi_worker")),
     ("cluster.address=head:6379", ("cluster.address=head:6379", "cluster=existing")),
     ("optimizer.momentum=0.9", ("optimizer.momentum=0.9", "adam has no momentum", "beta_1")),

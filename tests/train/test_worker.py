@@ -28,7 +28,7 @@ from orchestrator.spec.messages import (
     Saved,
     WorkerOrder,
 )
-from orchestrator.spec.schema import BestMode, Weights
+from orchestrator.spec.schema import BestMode, Compile, Weights
 from orchestrator.train import store, worker
 from orchestrator.train.checkpoint import read_model, read_section
 from tests.plans import tiny_plan
@@ -243,3 +243,10 @@ def test_an_attempt_that_is_over_puts_no_export_into_place(
     [failed] = only(told, Failed)
     assert failed.cause is Cause.storage
     assert not only(told, Exported) and not paths.export_dir.exists()
+
+
+def test_compiling_in_the_midst_of_steps_is_told_as_tracing(tmp_path: Path) -> None:
+    told = live(tmp_path, train__compile=Compile.xla, export__enabled=False)
+    phases = [(m.phase, m.detail) for m in only(told, Beacon) if m.begins]
+    at = phases.index((Phase.tracing, "XLA"))
+    assert phases[at - 1][0] is Phase.tracing and phases[at + 1][0] is Phase.stepping
