@@ -289,6 +289,7 @@ def silent_driver(zygote: Zygote, job_dir: Path) -> Iterator[Callable[..., subpr
     drivers: list[subprocess.Popen[str]] = []
 
     def run(plan: RunPlan) -> subprocess.Popen[str]:
+        prepare(plan.paths, 1)
         order_path = job_dir / "order"
         order_path.write_bytes(order(plan, 1))
         log = plan.paths.worker_log(1, 0)

@@ -405,7 +405,7 @@ def test_a_first_block_that_compiles_for_minutes_is_not_waited_for(tmp_path: Pat
 
 def test_a_block_that_is_long_is_waited_for_once_one_was_made(tmp_path: Path) -> None:
     told = [ready(), beacon(phase=Phase.tracing), block()]
-    slow: list[Line] = [Silence(8.0), beacon(), Silence(8.0), beacon(), Silence(8.0)]
+    slow: list[Line] = [Silence(8.0), block(0, 4, 1), Silence(8.0), block(0, 5, 1), Silence(8.0)]
     desk = Desk(tmp_path, [told, lambda: desk.stop(), *slow, ended(outcome=Outcome.stopped)])
     assert desk.run() is Outcome.stopped
     assert desk.group.now > 1000.0 + 24
