@@ -27,6 +27,7 @@ from orchestrator.errors import (
     OrchestratorError,
     StorageError,
 )
+from orchestrator.guardian import guarded
 from orchestrator.job_code import job_sources, keep_code
 from orchestrator.lease import Lease
 from orchestrator.provenance import provenance
@@ -141,6 +142,7 @@ def _train(
         for notice in [*notices, *run_checks(plan)]:
             screen.notice(notice)
         _write_plan(plan, overrides)
+        stack.enter_context(guarded(plan.paths, plan.tracking_uri, plan.artifact_root))
         group = _make_group(config, zygote, screen)
         stack.callback(group.close)
         return _Run(plan, past, overrides, group, screen, stops, start).run()

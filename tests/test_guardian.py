@@ -25,7 +25,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 from orchestrator.guardian import guarded
-from orchestrator.runs import Lease
+from orchestrator.lease import Lease
 from orchestrator.spec.paths import RunPaths
 root, uri, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 lease = Lease(RunPaths(root))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import ConfigError
+from orchestrator.lease import Lease
 from orchestrator.listing import age, list_runs
-from orchestrator.runs import Lease
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import Journal
 

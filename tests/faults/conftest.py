@@ -16,8 +16,9 @@ from tests.faults.leftovers import Leftovers
 
 __all__ = ["mlflow_server", "ray_cluster"]
 
-# How long what is on its way out may take.
-_GRACE_S = 10.0
+# How long what is on its way out may take: a guardian first waits whether the run goes on, then
+# tells MLflow how it has ended.
+_GRACE_S = 25.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
