@@ -74,18 +74,23 @@ def end_record(root: Path, environment: Mapping[str, str]) -> None:
         return
     # Importing it takes seconds: the run may have been taken up meanwhile.
     from orchestrator.track.mlflow_projection import sync
+    from orchestrator.track.report import write_report
 
     with _held(paths) as is_held:
         if not is_held:
             return
-    uri = environment.get(_URI_VARIABLE)
-    sync(root, uri=uri, artifact_root=environment.get(_ARTIFACTS_VARIABLE), deadline_s=_DEADLINE_S)
+    where = {"uri": environment.get(_URI_VARIABLE)}
+    where["artifact_root"] = environment.get(_ARTIFACTS_VARIABLE)
+    sync(root, **where, deadline_s=_DEADLINE_S)
+    # The status is what somebody waits for; the page takes seconds to draw.
+    with contextlib.suppress(OSError):
+        write_report(paths)
+        sync(root, **where, deadline_s=_DEADLINE_S)
 
 
 def _close_journal(paths: RunPaths) -> bool:
     """Write down that the run has ended; tell whether that was for us to do."""
     from orchestrator.track.journal import Journal, read
-    from orchestrator.track.report import write_report
 
     with _held(paths) as is_held:
         if not is_held or not _is_open(read(paths.journal)):
@@ -94,8 +99,6 @@ def _close_journal(paths: RunPaths) -> bool:
         now = time.time()
         journal.append({"kind": "RunEnded", "time": now, "status": "KILLED", "cause": CAUSE})
         journal.close()
-        with contextlib.suppress(Exception):  # a page about the run is not vital
-            write_report(paths)
     return True
 
 

@@ -119,8 +119,8 @@ def test_the_run_of_a_killed_driver_is_ended_in_journal_and_mlflow(root: Path, u
     eventually(lambda: status_in_mlflow(uri) == "KILLED")
     (end,) = ends(root)
     assert (end["status"], end["cause"]) == ("KILLED", CAUSE)
-    assert RunPaths(root).report.exists()
     eventually(lambda: not list(guardians(root)))
+    assert RunPaths(root).report.exists()
 
 
 def test_a_run_that_mlflow_never_heard_of_is_told_all_of_it(root: Path, uri: str) -> None:
