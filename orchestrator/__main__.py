@@ -19,6 +19,7 @@ _VERBS = {
     "verify": "prove that replicas, workers and micro-batches compute what one device computes",
     "submit": "run train on a Ray cluster: submit job=mnist cluster.address=http://head:8265 ...",
     "runs": "runs list; runs compare RUN RUN: what differs; runs sync RUN: MLflow once more",
+    "weights": "turn a checkpoint into Keras's weights and back: weights RUN to=FILE.weights.h5",
     "ui": "open the MLflow UI",
 }
 _MEANING = {
@@ -79,6 +80,7 @@ def _run(verb: str, rest: list[str]) -> int:
         "verify": _verify,
         "submit": _submit,
         "runs": _runs,
+        "weights": _weights,
         "ui": _ui,
     }
     if verb not in verbs:
@@ -189,6 +191,14 @@ def _tolerance(text: str) -> float:
         if key == "tolerance" and float(value) >= 0:
             return float(value)
     raise ConfigError(f"runs compare: {text}: tolerance=NUMBER is meant, at least 0")
+
+
+def _weights(overrides: list[str], config_dir: Path | None) -> int:
+    """Take `FROM to=TO`, and overrides that say whose model it is where FROM does not."""
+    from orchestrator.conversion import convert
+
+    convert(overrides, config_dir, Path.cwd())
+    return int(ExitCode.DONE)
 
 
 def _ui(overrides: list[str], config_dir: Path | None) -> int:

@@ -11,7 +11,7 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.schema import RunConfig
 from orchestrator.train import store
 
-_KERAS_FILE = ".weights.h5"
+KERAS_FILE = ".weights.h5"
 _SHOWN = 5
 
 
@@ -27,25 +27,40 @@ def find_weights(config: RunConfig, cwd: Path) -> str | None:
     Raises:
         RestoreError: nothing usable is there; the message lists what could have been meant.
     """
-    asked = config.train.init_from
-    if asked is None:
+    if config.train.init_from is None:
         return None
-    runs_dir = (cwd / config.runs_dir).resolve()
+    return find_source(config.train.init_from, config.runs_dir, cwd)
+
+
+def find_source(asked: str, runs: str, cwd: Path, key: str = "train.init_from=") -> str:
+    """Return the absolute path of the checkpoint folder or file that a user means.
+
+    Args:
+        asked: a run's name or folder, a checkpoint folder, or a `.weights.h5` file.
+        runs: where runs are.
+        cwd: what relative paths are relative to.
+        key: what stands before `asked` in messages.
+
+    Raises:
+        RestoreError: nothing usable is there; the message lists what could have been meant.
+    """
+    runs_dir = (cwd / runs).resolve()
     path = (cwd / asked).resolve()
-    if path.name.endswith(_KERAS_FILE) and path.is_file():
+    asked, name = f"{key}{asked}", asked
+    if path.name.endswith(KERAS_FILE) and path.is_file():
         return str(path)
     if (path / store.MANIFEST).is_file():
         return str(_checked(path, asked))
-    roots = [path, runs_dir / asked]
-    if Path(asked).name == asked:
-        roots += sorted(runs_dir.glob(f"*/{glob.escape(asked)}"))
+    roots = [path, runs_dir / name]
+    if Path(name).name == name:
+        roots += sorted(runs_dir.glob(f"*/{glob.escape(name)}"))
     for root in roots:
         checkpoints_dir = RunPaths(root).checkpoints_dir
         if checkpoints_dir.is_dir():
             return str(_of_run(checkpoints_dir, asked))
     raise RestoreError(
-        f"train.init_from={asked}: neither a run in {runs_dir}, nor a checkpoint folder, nor a "
-        f"{_KERAS_FILE} file; {_candidates(runs_dir)}"
+        f"{asked}: neither a run in {runs_dir}, nor a checkpoint folder, nor a "
+        f"{KERAS_FILE} file; {_candidates(runs_dir)}"
     )
 
 
@@ -53,7 +68,7 @@ def _checked(path: Path, asked: str) -> Path:
     try:
         store.verify(path)
     except (OSError, ValueError) as error:
-        raise RestoreError(f"train.init_from={asked}: the checkpoint {path} {error}") from error
+        raise RestoreError(f"{asked}: the checkpoint {path} {error}") from error
     return path
 
 
@@ -61,9 +76,7 @@ def _of_run(checkpoints_dir: Path, asked: str) -> Path:
     search = store.newest_valid(checkpoints_dir)
     if search.path is None:
         reasons = "".join(f"\n  {d.path.name}: {d.reason}" for d in search.damaged)
-        raise RestoreError(
-            f"train.init_from={asked}: no valid checkpoint in {checkpoints_dir}{reasons}"
-        )
+        raise RestoreError(f"{asked}: no valid checkpoint in {checkpoints_dir}{reasons}")
     best: dict[str, Any] = store.read_manifest(search.path).get("best") or {}
     if best.get("step") is not None:
         path = checkpoints_dir / store.checkpoint_name(int(best["step"]))

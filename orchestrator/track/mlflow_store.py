@@ -24,6 +24,7 @@ from orchestrator.track.points import Point
 RUN_TAG = "orchestrator.run"
 _DESCRIPTION_TAG = "mlflow.note.content"
 EXPORT_TAG = "orchestrator.export"
+DEGRADED_TAG = "orchestrator.degraded"
 BATCH = 1000  # MLflow's own limit on the metrics of one request
 _PARAM_BATCH = 100
 _MAX_VALUE = 6000
@@ -196,6 +197,10 @@ class Store:
     def set_running(self) -> None:
         """Say that the run goes on."""
         self._client.update_run(self.run_id, status="RUNNING")
+
+    def tag_degraded(self, text: str) -> None:
+        """Say why the run cannot save its checkpoints, or with an empty text that it can."""
+        self._client.set_tag(self.run_id, DEGRADED_TAG, text[:_MAX_TAG])
 
     def end(self, status: str, time_ms: int | None) -> None:
         """Say how the run ended."""

@@ -53,6 +53,9 @@ class Writer:
         self._points = Points(self._facts.log_every_steps, self._facts.global_batch_size)
         self._unsent: list[Point] = []
         self._data: list[Mapping[str, Any]] = []
+        # What the tag says, and what it should say.
+        self._tagged: str | None = None
+        self._degraded: str | None = None
         self._kept_window = False
         self._end_time_ms: int | None = None
 
@@ -82,6 +85,9 @@ class Writer:
                 if len(self._unsent) >= BATCH:
                     self._send(store)
             self._send(store)
+            if self._degraded is not None and self._degraded != self._tagged:
+                store.tag_degraded(self._degraded)
+                self._tagged = self._degraded
             while self._data:
                 store.log_data(self._data[0])
                 del self._data[0]
@@ -139,6 +145,10 @@ class Writer:
                 return  # known already: `_look_back` or `_keep_window`
             case "DataUsed":
                 self._data.append(record)
+            case "SaveFailed":
+                self._degraded = f"no checkpoint of step {record['step']}: {record['error']}"
+            case "Saved" if self._degraded is not None:
+                self._degraded = ""
             case "RunEnded":
                 self._end_time_ms = round(record["time"] * 1000)
         self._unsent.extend(self._points.feed(record))

@@ -44,6 +44,25 @@ def model_variables(model: keras.Model) -> dict[str, keras.Variable]:
     return {f"{_MODEL}{index}:{path}": v for index, (path, v) in enumerate(saved)}
 
 
+def write_bundle(folder: Path, values: Mapping[str, tf.Tensor]) -> dict[str, Any]:
+    """Write values as a tensor bundle; return what a manifest says of them.
+
+    Raises:
+        tf.errors.OpError: it cannot be written.
+    """
+    with tf.device("CPU:0"):
+        tf.raw_ops.SaveV2(
+            prefix=str(folder / BUNDLE),
+            tensor_names=list(values),
+            shape_and_slices=[""] * len(values),
+            tensors=list(values.values()),
+        )
+    return {
+        key: {"shape": value.shape.as_list(), "dtype": value.dtype.name}
+        for key, value in values.items()
+    }
+
+
 def read_model(path: Path) -> dict[str, np.ndarray]:
     """Return the model's variables in a checkpoint, by path without counters.
 

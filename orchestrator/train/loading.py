@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -21,20 +22,37 @@ def load_job(plan: RunPlan) -> Job:
         JobError: it is not a subclass of Job, or does not accept `job.args`.
     """
     config = plan.config.job
-    module_name, _, class_name = config.class_name.rpartition(".")
+    return make_job(config.class_name, config.args, plan.data_path, plan.data_dir)
+
+
+def make_job(
+    dotted_name: str, args: Mapping[str, Any], data_path: str | None, data_dir: str
+) -> Job:
+    """Import a user's class and make the job.
+
+    Args:
+        dotted_name: of the class.
+        args: of its constructor.
+        data_path: the user's own copy of the data, or None.
+        data_dir: where downloads are kept.
+
+    Raises:
+        JobError: it is not a subclass of Job, or does not accept its arguments.
+    """
+    module_name, _, class_name = dotted_name.rpartition(".")
     module = importlib.import_module(module_name)
     job_class = getattr(module, class_name, None)
     if not (isinstance(job_class, type) and issubclass(job_class, Job)):
         raise JobError(
-            f"job.class_name={config.class_name} in {module.__file__} is not a subclass of "
+            f"job.class_name={dotted_name} in {module.__file__} is not a subclass of "
             "orchestrator.train.job.Job"
         )
     try:
-        job = job_class(**config.args)
+        job = job_class(**args)
     except TypeError as error:
-        raise JobError(f"{class_name}(**job.args) with job.args={config.args}: {error}") from error
-    job.data_path = plan.data_path
-    job.data_dir = plan.data_dir
+        raise JobError(f"{class_name}(**job.args) with job.args={args}: {error}") from error
+    job.data_path = data_path
+    job.data_dir = data_dir
     return translated(job)
 
 

@@ -21,7 +21,7 @@ from orchestrator.spec.messages import Saved, SaveFailed
 from orchestrator.spec.paths import STAGING_MARK, RunPaths
 from orchestrator.train import store
 from orchestrator.train.best import Best
-from orchestrator.train.checkpoint import BUNDLE, local_value
+from orchestrator.train.checkpoint import local_value, write_bundle
 from orchestrator.train.rename import remove
 
 # Training goes first where both want the same core.
@@ -168,17 +168,7 @@ class Saver:
         # The state of streams may lie there already. No parents: the folder of an attempt that is
         # over must not come back.
         staged.mkdir(exist_ok=True)
-        with tf.device("CPU:0"):
-            tf.raw_ops.SaveV2(
-                prefix=str(staged / BUNDLE),
-                tensor_names=list(snapshot),
-                shape_and_slices=[""] * len(snapshot),
-                tensors=list(snapshot.values()),
-            )
-        described = {
-            key: {"shape": value.shape.as_list(), "dtype": value.dtype.name}
-            for key, value in snapshot.items()
-        }
+        described = write_bundle(staged, snapshot)
         facts = {**self._facts, **(best.facts() if best is not None else {})}
         manifest = {"step": step, **facts, "time": time.time(), "variables": described}
         return store.commit(staged, target, manifest, check=self.require_staging)

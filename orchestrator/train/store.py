@@ -49,6 +49,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Tell whether a folder is named like a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def step_of(path: Path) -> int:
     """Return the step of a checkpoint folder."""
     match = _NAME.search(path.name)

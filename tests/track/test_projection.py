@@ -34,6 +34,24 @@ def project(facts: RunFacts, status: str = "FINISHED") -> tuple[Report, list[str
     return report, notices
 
 
+def test_a_run_that_cannot_save_is_tagged_until_it_can(tmp_path: Path) -> None:
+    root = rig.new_run(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    facts = rig.make_facts(root, uri)
+    journal = Journal(root / "journal.jsonl")
+    journal.append(facts.record(rig.START))
+    journal.append({"kind": "SaveFailed", "step": 4, "error": "No space left on device"})
+    journal.close()
+    project(facts)
+    tags = the_run(uri).data.tags
+    assert tags["orchestrator.degraded"] == "no checkpoint of step 4: No space left on device"
+    journal = Journal(root / "journal.jsonl")
+    journal.append({"kind": "Saved", "step": 6})
+    journal.close()
+    project(facts)
+    assert the_run(uri).data.tags["orchestrator.degraded"] == ""
+
+
 def the_run(uri: str, experiment: str = "tiny") -> Any:
     client = mlflow.MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
