@@ -20,16 +20,11 @@ from orchestrator.control.preflight import run_checks
 from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.scratch import scratch_folder
 from orchestrator.control.supervisor import Supervisor
-from orchestrator.errors import (
-    ExitCode,
-    ExportError,
-    Interrupted,
-    OrchestratorError,
-    StorageError,
-)
+from orchestrator.errors import ExitCode, ExportError, Interrupted, OrchestratorError, StorageError
 from orchestrator.guardian import guarded
 from orchestrator.job_code import job_sources, keep_code
 from orchestrator.lease import Lease
+from orchestrator.patience import JournalPatience
 from orchestrator.provenance import provenance
 from orchestrator.resumption import Checkpoints
 from orchestrator.runs import (
@@ -284,7 +279,6 @@ class _Run:
             check(facts)
         self._record = Record(plan.paths.journal, facts, notice=screen.notice)
         self._tracking = False
-        self._has_lost_patience = False
         self._supervisor = Supervisor(
             group,
             plan,
@@ -293,6 +287,9 @@ class _Run:
             notice=screen.notice,
             newest_checkpoint=Checkpoints(plan.paths, read, screen.notice).newest,
             first_attempt=1 + (past.attempts if past is not None else 0),
+        )
+        self._patience = JournalPatience(
+            self._record, plan, notice=screen.notice, stop=self._supervisor.stop
         )
 
     def run(self) -> ExitCode:
@@ -305,7 +302,7 @@ class _Run:
             outcome = self._supervise()
             status = "FINISHED" if outcome is Outcome.completed else "KILLED"
             cause = "" if outcome is Outcome.completed else "stopped"
-            if self._has_lost_patience:
+            if self._patience.is_over:
                 status, cause = "FAILED", "the journal could not be written"
             self._check_proof(outcome)
         except KeyboardInterrupt:
@@ -317,13 +314,7 @@ class _Run:
         finally:
             report = self._end(status, cause)
         self._stops.hand_over(lambda reason: True)  # it is leaving already
-        self._refuse_lost_record()
-        if self._has_lost_patience:
-            raise StorageError(
-                f"{self._record.error}: for {self._plan.config.tracking.journal_patience_s:g} s "
-                "(tracking.journal_patience_s), so the run saved and stopped; it can be written "
-                f"again: resume={self._plan.run}"
-            )
+        self._patience.refuse()
         self._summarise(status, report)
         return ExitCode.DONE if status == "FINISHED" else self._stops.exit_code
 
@@ -335,37 +326,13 @@ class _Run:
     def _observe(self, message: Message) -> None:
         if is_kept(message):
             self._record.add(to_record(message))
-            self._watch_journal()
+        self._patience.watch()
         self._tally.observe(message)
         self._screen.observe(message)
         if not self._tracking and isinstance(message, BlockDone):
             # Importing MLflow costs seconds of CPU: not before a step has been made.
             self._tracking = True
             self._record.start_tracking()
-
-    def _watch_journal(self) -> None:
-        """Save and stop when the journal could not be written for too long."""
-        patience_s = self._plan.config.tracking.journal_patience_s
-        if self._record.failing_s <= patience_s or self._has_lost_patience:
-            return
-        self._has_lost_patience = True
-        self._screen.notice(
-            f"the journal could not be written for {patience_s:g} s "
-            "(tracking.journal_patience_s): saving, then stopping"
-        )
-        self._supervisor.stop()
-
-    def _refuse_lost_record(self) -> None:
-        """Raise if records were lost: what was trained is saved, but not on record.
-
-        Raises:
-            StorageError: the journal could not be written to the last.
-        """
-        if self._record.failing_s > 0:
-            raise StorageError(
-                f"{self._record.error}; the last records of this run are lost. Make room, then "
-                f"resume={self._plan.run} goes on from the newest checkpoint"
-            )
 
     def _began(self, attempt: int, restore_from: str | None) -> None:
         self._tally.last_step = store.step_of(Path(restore_from)) if restore_from else 0

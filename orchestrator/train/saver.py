@@ -17,12 +17,13 @@ import keras
 import tensorflow as tf
 
 from orchestrator.errors import StorageError
-from orchestrator.spec.messages import Saved, SaveFailed
+from orchestrator.spec.messages import Notice, Saved, SaveFailed, WorkerOrder
 from orchestrator.spec.paths import STAGING_MARK, RunPaths
 from orchestrator.train import store
 from orchestrator.train.best import Best
 from orchestrator.train.checkpoint import local_value, write_bundle
 from orchestrator.train.rename import remove
+from orchestrator.train.report import Reporter
 
 # Training goes first where both want the same core.
 _NICE = 10
@@ -174,6 +175,39 @@ class Saver:
         return store.commit(staged, target, manifest, check=self.require_staging)
 
 
+def make_saver(
+    order: WorkerOrder,
+    reporter: Reporter,
+    variables: Mapping[str, keras.Variable],
+    versions: Mapping[str, str],
+) -> Saver | None:
+    """Return what writes checkpoints: the chief's; None for other workers.
+
+    Raises:
+        StorageError: the run begins, and its checkpoints do not fit on the disk.
+    """
+    if order.worker > 0:
+        return None
+    plan, checkpoint = order.plan, order.plan.config.checkpoint
+    too_small = _lack_of_space(
+        plan.paths, variables, checkpoint.keep + (plan.config.best.metric is not None)
+    )
+    if too_small is not None and order.restore_from is None:
+        raise StorageError(too_small)
+    if too_small is not None:
+        # A run that lives goes on: somebody may make room before the next save.
+        reporter.tell(Notice, text=too_small)
+    return Saver(
+        plan.paths,
+        order.attempt,
+        variables,
+        keep=checkpoint.keep,
+        max_failed=checkpoint.max_failed_saves,
+        facts={"run": plan.run, "attempt": order.attempt, "versions": versions},
+        announce=reporter.tell,
+    )
+
+
 def require_staging(staging_dir: Path) -> None:
     """Make sure that an attempt may still write into its staging folder.
 
@@ -187,7 +221,7 @@ def require_staging(staging_dir: Path) -> None:
         )
 
 
-def require_space(
+def _lack_of_space(
     paths: RunPaths, variables: Mapping[str, keras.Variable], num_kept: int
 ) -> str | None:
     """Return what to say if the checkpoints that will be kept do not fit on the disk, or None.

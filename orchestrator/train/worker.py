@@ -11,7 +11,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from orchestrator.errors import StorageError
 from orchestrator.spec.messages import (
     Ended,
     Exported,
@@ -45,7 +44,7 @@ from orchestrator.train.loop import Loop, Parts
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter, folder_gauge
-from orchestrator.train.saver import Saver, require_space, require_staging
+from orchestrator.train.saver import make_saver, require_staging
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.step import TrainStep
 from orchestrator.train.stream_feeder import make_feeder
@@ -219,7 +218,7 @@ def _assemble(
             eval_resident,
             progress=reporter.progress,
         )
-    saver = _saver(order, reporter, made)
+    saver = make_saver(order, reporter, made.variables, versions())
     agreement = Agreement(strategy, plan, order.worker)
     return Parts(
         plan=plan,
@@ -256,30 +255,6 @@ def _assemble(
         best=_best(order, evaluation),
         on_block=job.on_block,
         profile=Profile(plan) if order.worker == 0 else None,
-    )
-
-
-def _saver(order: WorkerOrder, reporter: Reporter, made: _Made) -> Saver | None:
-    """Return what writes checkpoints: the chief's."""
-    if order.worker > 0:
-        return None
-    plan, checkpoint = order.plan, order.plan.config.checkpoint
-    too_small = require_space(
-        plan.paths, made.variables, checkpoint.keep + (plan.config.best.metric is not None)
-    )
-    if too_small is not None and order.restore_from is None:
-        raise StorageError(too_small)
-    if too_small is not None:
-        # A run that lives goes on: somebody may make room before the next save.
-        reporter.tell(Notice, text=too_small)
-    return Saver(
-        plan.paths,
-        order.attempt,
-        made.variables,
-        keep=checkpoint.keep,
-        max_failed=checkpoint.max_failed_saves,
-        facts={"run": plan.run, "attempt": order.attempt, "versions": versions()},
-        announce=reporter.tell,
     )
 
 
