@@ -34,13 +34,13 @@ def resumed(copied: RunPaths, *arguments: str) -> Ended:
 
 def test_a_run_goes_on_at_another_place(copied: RunPaths, one_device: Ended) -> None:
     before = rig.last_step(copied)
-    untouched = sorted(path for path in one_device.folder.rglob("*"))
+    untouched = sorted(one_device.run.root.rglob("*"))
     ended = resumed(copied)
     assert ended.code == 0, ended.out
     assert rig.last_step(copied) == before + 16
     started = rig.records(copied, "AttemptStarted")[-1]
     assert Path(started["restore_from"]).parent == copied.checkpoints_dir
-    assert sorted(path for path in one_device.folder.rglob("*")) == untouched
+    assert sorted(one_device.run.root.rglob("*")) == untouched
     # MLflow's database was copied too: it is the same run there.
     assert [run["name"] for run in rig.database(copied.root.parents[2])] == [copied.root.name]
 
