@@ -51,6 +51,14 @@ def patience_s(seen: Seen, attempt: Attempt, plan: RunPlan) -> float:
     return config.recovery.start_patience_s
 
 
+def patience_key(seen: Seen) -> str:
+    """Return the key of the configuration that a worker's patience comes from."""
+    if seen.phase in _BEFORE_THE_STRATEGY:
+        return "cluster.start_timeout_s"
+    is_stepping = seen.phase is Phase.stepping
+    return "recovery.step_patience_s" if is_stepping else "recovery.start_patience_s"
+
+
 def suspects(attempt: Attempt) -> list[int]:
     """Return the workers that are furthest behind: the others can only be waiting for them."""
     live = {worker: seen for worker, seen in attempt.workers.items() if seen.ended is None}
@@ -157,7 +165,10 @@ def describe_stall(
     since = time.strftime("%H:%M:%S", time.localtime(time.time() - quiet_s))
     where = f" on {seen.host}" if seen.host else ""
     step = f" after step {seen.step:,}" if seen.step else ""
-    text = f"it is stuck{where} while {phase.value}{step}, since {since} ({quiet_s:.0f} s)"
+    text = (
+        f"it is stuck{where} while {phase.value}{step}, since {since} ({quiet_s:.0f} s, "
+        f"{patience_key(seen)})"
+    )
     place = places[worker]
     if place is None:
         text += "; it could not write its Python stack"

@@ -174,12 +174,12 @@ class WorkerProcess:
         deadline = time.monotonic() + _STACKS_TIMEOUT_S
         while path is not None and time.monotonic() < deadline:
             time.sleep(_STACKS_PAUSE_S)
-            with path.open(errors="replace") as file:
+            with contextlib.suppress(OSError), path.open(errors="replace") as file:
                 file.seek(before)
                 written = file.read()
-            if written and written == text:
-                break
-            text = written
+                if written and written == text:
+                    break
+                text = written
         self._deliver(
             [Stacks(worker=self._worker, attempt=self._attempt, time=time.time(), text=text)]
         )
@@ -241,17 +241,17 @@ def process_state(pid: int, proc: Path = Path("/proc")) -> tuple[str, int]:
         The letter, "" for a process that is gone, and the tracer's pid or 0.
     """
     try:
-        status = (proc / str(pid) / "status").read_text()
+        status = (proc / str(pid) / "status").read_text(errors="replace")
     except OSError:
         return "", 0
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    return fields.get("State", " ").split()[0], int(fields.get("TracerPid", "0"))
+    return fields.get("State", "").strip()[:1], int(fields.get("TracerPid", "0"))
 
 
 def catches(pid: int, number: int, proc: Path = Path("/proc")) -> bool:
     """Tell whether a process has a handler for a signal."""
     try:
-        status = (proc / str(pid) / "status").read_text()
+        status = (proc / str(pid) / "status").read_text(errors="replace")
     except OSError:
         return False
     caught = next((line.split()[1] for line in status.splitlines() if line[:7] == "SigCgt:"), "0")

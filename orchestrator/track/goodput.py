@@ -40,6 +40,7 @@ _USE_OF_PHASE = {
     Phase.restoring: Use.building,
     Phase.tracing: Use.building,
     Phase.stepping: Use.productive,
+    Phase.calling_back: Use.productive,
     Phase.evaluating: Use.evaluation,
     Phase.saving: Use.checkpoint_stall,
     Phase.exporting: Use.export,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sysconfig
@@ -161,9 +162,11 @@ def out_of_memory(error: BaseException, plan: RunPlan, worker: int) -> str:
     """Return what to add to an error that tells of a lack of memory; else nothing."""
     if not isinstance(error, MemoryError | tf.errors.ResourceExhaustedError):
         return ""
-    micro_batches = 2 * plan.config.train.micro_batches
+    largest, micro_batches = max(plan.replica_batch_sizes), plan.config.train.micro_batches
+    halved = min(largest, 2 * micro_batches)
     advice = (
-        f"a step needs less with train.micro_batches={micro_batches} or a smaller "
+        f"a step needs less with train.micro_batches={halved}, {math.ceil(largest / halved)} "
+        f"example(s) at a time instead of {math.ceil(largest / micro_batches)}, or a smaller "
         "train.global_batch_size"
     )
     if "GPU" in str(error):

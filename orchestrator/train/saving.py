@@ -11,7 +11,7 @@ from orchestrator.spec.plan import RunPlan
 from orchestrator.train.agreement import Agreement, Wish
 from orchestrator.train.best import Best
 from orchestrator.train.data import Feeder
-from orchestrator.train.report import Reporter, Stopped
+from orchestrator.train.report import Reporter, Stopped, folder_gauge
 from orchestrator.train.saver import Saver, require_staging
 from orchestrator.train.stream_feeder import StreamFeeder
 
@@ -116,10 +116,12 @@ class Saving:
             Stopped: the same, on workers that leave the telling to the chief.
         """
         self._reporter.enter(Phase.saving)
+        written = folder_gauge(self._plan.paths.checkpoints_dir)
         for pause_s in (*_LAST_TRIES_S, None):
-            self.save(step, best)
-            if self._saver is not None:
-                self._saver.wait()
+            with self._reporter.within(Phase.saving, written):
+                self.save(step, best)
+                if self._saver is not None:
+                    self._saver.wait()
             failed = self._saver is not None and self._saver.num_failed > 0
             if not self._agreement.decide(Wish(failed=failed)).failed:
                 return

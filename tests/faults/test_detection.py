@@ -86,9 +86,12 @@ class Running:
     def get_stuck(self, how: str) -> Trouble:
         """Let worker 1 be stuck in its input."""
         self.wait_for_blocks()
-        (self.orders / f"hang-{how}").touch()
-        pattern = f"done-{how}-*"
-        [begun] = rig.wait_for(lambda: list(self.orders.glob(pattern)), "worker 1 to be stuck")
+        before = set(self.orders.iterdir())
+        order = self.orders / f"hang-{how}"
+        order.touch()
+        [begun] = rig.wait_for(
+            lambda: set(self.orders.iterdir()) - before - {order}, "worker 1 to be stuck"
+        )
         return self.trouble(float(begun.name.rpartition("-")[2]))
 
     def stop(self, worker: int) -> Trouble:

@@ -162,7 +162,8 @@ def test_a_lack_of_memory_is_told_with_what_helps(tmp_path: Path) -> None:
     heard = Heard(tmp_path)
     on_gpu = heard.failed(OOM).error
     assert "the memory of a GPU of worker 0 is full: a step needs less with" in on_gpu
-    assert "train.micro_batches=4" in on_gpu
+    # 16 examples on one replica, in 2 parts.
+    assert "train.micro_batches=4, 4 example(s) at a time instead of 8, or" in on_gpu
     on_host = heard.failed(MemoryError("Unable to allocate 8 EiB")).error
     assert on_host.startswith("MemoryError: Unable to allocate 8 EiB; worker 0 held ")
     assert "the limit of " in on_host and "train.micro_batches=4" in on_host
