@@ -134,8 +134,8 @@ class Hosts:
         return len(self._holders) - 1
 
     def start(self, host: int) -> None:
-        """Start Ray on a host, which has lost what ran there before."""
-        self._kill(self.pids(host))
+        """Start Ray on a host that has lost it; a process with TensorFlow imported is kept."""
+        self._kill([pid for pid in self.pids(host) if not _is_zygote(pid)])
         role = [f"--address={self.address}"]
         if host:
             wait_for(self._has_head, "the head's port")
@@ -209,6 +209,21 @@ class Hosts:
         """Return the processes on a host."""
         found = _do("ip", "netns", "pids", self._name(host)).split()
         return [int(pid) for pid in found if int(pid) != self._holders[host].pid]
+
+    def drain(self, host: int, seconds: int) -> None:
+        """Tell Ray that a host goes in so many seconds."""
+        script = (
+            "import ray, sys; from ray.core.generated import autoscaler_pb2 as pb; import time; "
+            "gcs = ray._raylet.GcsClient(address=sys.argv[1]); "
+            "ids = [n.node_id.hex() for n in gcs.get_all_node_info().values() "
+            "       if n.node_manager_address == sys.argv[2] and n.state == 0]; "
+            "print(gcs.drain_node(ids[0], pb.DRAIN_NODE_REASON_PREEMPTION, 'a test', "
+            "      int((time.time() + float(sys.argv[3])) * 1000)))"
+        )
+        command = [sys.executable, "-c", script, self.address, self.ip(host), str(seconds)]
+        process = self.popen(0, command, self.folder)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "True" in said, said
 
     def raylet(self, host: int) -> list[int]:
         """Return the process of a host's raylet."""
@@ -296,6 +311,13 @@ def _name_of(pid: int) -> str:
     except OSError:
         return ""
     return "" if after.split()[0] in "ZX" else before.partition("(")[2]
+
+
+def _is_zygote(pid: int) -> bool:
+    try:
+        return b"orchestrator.train.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _do(*command: str) -> str:

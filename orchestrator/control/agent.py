@@ -21,7 +21,7 @@ from orchestrator.errors import StartFailed
 from orchestrator.spec.messages import Message, Request
 
 _PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy")
-_WATCH_INTERVAL_S = 0.5
+_WATCH_INTERVAL_S = 0.2
 _PROOF = Path(__file__).resolve().parents[1] / "track" / "mlflow_model.py"
 _PROOF_TIMEOUT_S = 240.0
 _PROOF_ENV = {
@@ -117,8 +117,8 @@ class Agent:
             "a range in which nothing listens"
         )
 
-    def start(self, order: bytes, attempt: int, log: str, stacks: str, sys_path: list[str]) -> None:
-        """Start the worker's process.
+    def start(self, order: bytes, attempt: int, log: str, stacks: str, sys_path: list[str]) -> int:
+        """Start the worker's process; return its pid.
 
         Args:
             order: the pickled WorkerOrder.
@@ -128,10 +128,14 @@ class Agent:
             sys_path: folders that the job's code is imported from, before this process's own.
 
         Raises:
-            StartFailed: there is no TensorFlow process to be had.
+            StartFailed: there is no TensorFlow process to be had, or the order comes so late that
+                the driver has given this agent up.
         """
         self._end_process()
-        self._last_heard = time.monotonic()
+        if (silence_s := time.monotonic() - self._last_heard) > self._driver_silence_s:
+            raise StartFailed(
+                f"the driver was silent for {silence_s:.0f} s (cluster.driver_silence_s)"
+            )
         self.warm_up()
         self._release_port()
         Path(log).parent.mkdir(parents=True, exist_ok=True)
@@ -143,14 +147,21 @@ class Agent:
             payload=order,
         )
         self._process = WorkerProcess(self._worker, attempt, launch, self._launch, self._deliver)
+        return self._process.pid
 
-    def poll(self, timeout_s: float) -> list[Message]:
-        """Return what was heard, waiting for something at most so long."""
-        self._last_heard = time.monotonic()
+    def poll(self, timeout_s: float, alive_at: float | None = None) -> list[Message]:
+        """Return what was heard, waiting for something at most so long.
+
+        Args:
+            timeout_s: how long.
+            alive_at: when, by this process's monotonic clock, the driver certainly lived; None for
+                this moment. A question may have been on its way for long, and nobody waits for the
+                answer any more.
+        """
+        self._last_heard = max(self._last_heard, alive_at or time.monotonic())
         with self._arrived:
             self._arrived.wait_for(lambda: bool(self._inbox), timeout_s)
             messages, self._inbox = self._inbox, []
-        self._last_heard = time.monotonic()
         return messages
 
     def request(self, request: Request) -> None:

@@ -10,7 +10,7 @@ import pickle
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,29 +21,22 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.ray_agent import RayAgent
+from orchestrator.control.ray_checks import check_nodes, clock_warning
 from orchestrator.control.ray_errors import why_lost
 from orchestrator.control.ray_join import LOOPBACK, first_line, join, start_local
-from orchestrator.errors import ClusterError, OrchestratorError, StartFailed
-from orchestrator.spec.messages import Death, Message, Request, WorkerOrder
+from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat, draining_nodes
+from orchestrator.errors import ClusterError, ExportError, OrchestratorError, StartFailed
+from orchestrator.spec.messages import Death, Draining, Message, Notice, Request, WorkerOrder
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterConfig, ClusterName, StrategyName
 
 Timed = Callable[[str], AbstractContextManager[Any]]
 
-_LONG_POLL_S = 1.0
 _KILL_TIMEOUT_S = 5.0
+# What an agent may take, once the driver has been silent for too long, to end its worker.
+_FENCE_MARGIN_S = 0.5
+_LOOK_INTERVAL_S = 0.05
 _PROOF_TIMEOUT_S = 300.0
-_SAME_EVERYWHERE = ("tensorflow", "keras", "ray", "numpy")
-
-
-@dataclass(slots=True)
-class _Seat:
-    """One worker's place: its actor and what is known of its node."""
-
-    worker: int
-    actor: Any
-    node: dict[str, Any]
-    poll: Any = None
 
 
 class RayGroup:
@@ -73,8 +66,11 @@ class RayGroup:
         self._attempt = 0
         self._plan: RunPlan | None = None
         self._placement: Any = None
-        self._seats: dict[int, _Seat] = {}
+        self._seats: dict[int, Seat] = {}
         self._addresses: tuple[str, ...] = ()
+        self._listener: Listener | None = None
+        # Agents that were lost in the attempt: nothing has proven yet that their workers are gone.
+        self._unproven: list[Seat] = []
 
     def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
         """Place an agent for each worker, then start every worker's process.
@@ -93,28 +89,24 @@ class RayGroup:
                 if worker not in self._seats:
                     self._seats[worker] = self._make_agent(plan, worker)
             self._describe_nodes()
+            self._attend()
         with self._timed("importing TensorFlow"):
             self._get([seat.actor.warm_up.remote() for seat in self._ordered])
             self._start_processes(plan, attempt, restore_from)
 
     def poll(self, timeout_s: float) -> list[Message]:
         """Wait until any agent has heard something; a lost agent is a `Death`."""
-        for seat in self._ordered:
-            if seat.poll is None:
-                seat.poll = seat.actor.poll.remote(_LONG_POLL_S)
-        by_ref = {seat.poll: seat for seat in self._ordered}
-        if not by_ref:
+        if self._listener is None:
             time.sleep(timeout_s)
             return []
-        done, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s)
         messages: list[Message] = []
-        for ref in done:
-            seat = by_ref[ref]
-            seat.poll = None
-            try:
-                messages += [m for m in ray.get(ref) if m.attempt == self._attempt]
-            except RayError as error:
-                messages.append(self._agent_lost(seat, error))
+        for heard in self._listener.wait(timeout_s):
+            if isinstance(heard, Drained):
+                messages += self._draining(heard)
+            elif not isinstance(heard, Lost):
+                messages += [heard] if heard.attempt == self._attempt else []
+            elif self._seats.get(heard.seat.worker) is heard.seat:
+                messages.append(self._agent_lost(heard))
         return messages
 
     def request(self, request: Request) -> None:
@@ -133,41 +125,76 @@ class RayGroup:
         assert self._plan is not None
         paths = self._plan.paths
         log = paths.worker_log(self._attempt, 0).with_name("export-proof.log")
+        if 0 not in self._seats:
+            raise ExportError(
+                "the chief's agent was lost before the exported model was proven; the checkpoints "
+                f"are whole: resume={self._plan.run}"
+            )
         proof = self._seats[0].actor.prove_export.remote(str(paths.export_dir), str(log))
         with self._timed("proving the export"):
             self._get([proof], timeout_s=_PROOF_TIMEOUT_S)
 
     def kill(self) -> None:
-        """End all processes of the attempt; an agent that does not answer ends with its process."""
-        killing = {seat.worker: seat.actor.kill.remote() for seat in self._ordered}
-        for worker, ref in killing.items():
-            seat = self._seats[worker]
-            seat.poll = None
-            try:
-                ray.get(ref, timeout=_KILL_TIMEOUT_S)
-            except (RayError, GetTimeoutError):
-                # Its process hangs on the agent's pipes and dies with it.
-                ray.kill(seat.actor)
-                del self._seats[worker]
+        """End all processes of the attempt; returns when they are proven gone.
+
+        An agent that answers has seen the end of its worker. One that does not has ended it by
+        itself `cluster.driver_silence_s` after it last heard from here: that time is waited out.
+        """
+        killing = [(seat, seat.actor.kill.remote()) for seat in self._ordered]
+        for seat, killed in killing:
+            if not self._is_done(seat, killed):
+                self._give_up(seat)
+        lost, self._unproven = self._unproven, []
+        for seat in lost:
+            self._await_fence(seat)
 
     def close(self) -> None:
         """Give everything back: actors, placement group, Ray if it was started here."""
         try:
+            if self._listener is not None:
+                self._listener.close()
             if ray.is_initialized():
-                for seat in self._ordered:
-                    ray.kill(seat.actor)
-                if self._placement is not None:
-                    remove_placement_group(self._placement)
+                self._leave()
                 ray.shutdown()
         finally:
-            self._seats = {}
+            self._seats, self._listener = {}, None
+
+    def _is_done(self, seat: Seat, answer: Any) -> bool:
+        """Wait until an agent has done something; not longer than it is heard."""
+        assert self._listener is not None
+        deadline = time.monotonic() + _KILL_TIMEOUT_S
+        while self._listener.hears(seat) and time.monotonic() < deadline:
+            if ray.wait([answer], timeout=_LOOK_INTERVAL_S)[0]:
+                try:
+                    ray.get(answer)
+                except RayError:
+                    return False
+                return True
+        return False
+
+    def _give_up(self, seat: Seat) -> None:
+        """Turn from an agent that does not answer: it shall hear nothing that keeps its worker."""
+        assert self._listener is not None
+        self._listener.remove(seat)
+        ray.kill(seat.actor)
+        self._seats.pop(seat.worker, None)
+        self._unproven.append(seat)
+
+    def _await_fence(self, seat: Seat) -> None:
+        """Wait until the worker of a lost agent is gone: seen here, or ended there by its agent."""
+        deadline = seat.heard + self._config.driver_silence_s + _FENCE_MARGIN_S
+        while time.monotonic() < deadline:
+            # Without its agent a worker ends at once; on this machine that can be seen.
+            if self._is_local and not Path(f"/proc/{seat.pid}").exists():
+                return
+            time.sleep(_LOOK_INTERVAL_S)
 
     @property
     def _is_local(self) -> bool:
         return self._config.name is ClusterName.local
 
     @property
-    def _ordered(self) -> list[_Seat]:
+    def _ordered(self) -> list[Seat]:
         return [self._seats[worker] for worker in sorted(self._seats)]
 
     def _initialise(self, plan: RunPlan) -> None:
@@ -177,6 +204,8 @@ class RayGroup:
             join(self._config)
 
     def _place(self, plan: RunPlan) -> None:
+        if any(seat.node.get("node_id") in draining_nodes() for seat in self._ordered):
+            self._leave()
         if self._placement is not None:
             return
         bundle = _bundle(plan)
@@ -194,7 +223,34 @@ class RayGroup:
                 "strategy.num_workers or cluster.cpus_per_worker"
             )
 
-    def _make_agent(self, plan: RunPlan, worker: int) -> _Seat:
+    def _leave(self) -> None:
+        """End the agents and give their places back."""
+        for seat in self._ordered:
+            if self._listener is not None:
+                self._listener.remove(seat)
+            ray.kill(seat.actor)
+        self._seats = {}
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    def _attend(self) -> None:
+        """Begin to listen to the agents that are new, and to tell them that the driver lives."""
+        if self._listener is None:
+            self._listener = Listener(self._config.agent_silence_s)
+        self._listener.forget_drains()
+        unheard = [seat for seat in self._ordered if not self._listener.hears(seat)]
+        asked = time.time()
+        answers = self._get([seat.actor.clocks.remote() for seat in unheard])
+        answered = time.time()
+        for seat, (stamp, unix_time) in zip(unheard, answers, strict=True):
+            seat.stamp, seat.heard = stamp, time.monotonic()
+            self._listener.add(seat)
+            if text := clock_warning(seat.node["host"], unix_time, asked, answered):
+                notice = Notice(worker=seat.worker, attempt=self._attempt, time=answered, text=text)
+                self._listener.tell(notice)
+
+    def _make_agent(self, plan: RunPlan, worker: int) -> Seat:
         bundle = _bundle(plan)
         actor = (
             ray.remote(RayAgent)
@@ -215,21 +271,13 @@ class RayGroup:
                 driver_silence_s=self._config.driver_silence_s,
             )
         )
-        return _Seat(worker, actor, {})
+        return Seat(worker, actor)
 
     def _describe_nodes(self) -> None:
         nodes = self._get([seat.actor.describe_node.remote() for seat in self._ordered])
-        own = Agent.describe_here()
-        differences = []
         for seat, node in zip(self._ordered, nodes, strict=True):
             seat.node = node
-            differences += _version_differences(own, node)
-        if differences:
-            raise ClusterError(
-                "the nodes do not run what the driver runs:\n  "
-                + "\n  ".join(sorted(set(differences)))
-                + "\ninstall the same requirements/*.lock everywhere"
-            )
+        check_nodes(Agent.describe_here(), nodes)
 
     def _start_processes(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
         addresses: tuple[str, ...] = ()
@@ -259,7 +307,8 @@ class RayGroup:
                     list(plan.config.code_dirs),
                 )
             )
-        self._get(starting)
+        for seat, pid in zip(self._ordered, self._get(starting), strict=True):
+            seat.pid = pid
 
     def _reserve_ports(self, first: int, last: int) -> list[int]:
         """Reserve one port after another: agents of one node must not try the same one at once."""
@@ -267,19 +316,35 @@ class RayGroup:
             self._get([seat.actor.reserve_port.remote(first, last)])[0] for seat in self._ordered
         ]
 
-    def _agent_lost(self, seat: _Seat, error: RayError) -> Death:
+    def _agent_lost(self, lost: Lost) -> Death:
         assert self._plan is not None
+        seat = lost.seat
         log = self._plan.paths.worker_log(self._attempt, seat.worker)
-        del self._seats[seat.worker]
+        self._give_up(seat)
+        reason = f": {why_lost(lost.error)}" if lost.error is not None else ""
         return Death(
             worker=seat.worker,
             attempt=self._attempt,
             time=time.time(),
-            error=f"its agent on {seat.node.get('host', '?')} is gone: {why_lost(error)}",
+            error=f"its agent on {seat.node.get('host', '?')} {lost.why}{reason}",
             exit_status=None,
             log_path=str(log),
             log_tail="",
         )
+
+    def _draining(self, drained: Drained) -> list[Message]:
+        """Tell each worker on a node that is being drained."""
+        return [
+            Draining(
+                worker=seat.worker,
+                attempt=self._attempt,
+                time=time.time(),
+                host=seat.node["host"],
+                deadline=drained.deadline,
+            )
+            for seat in self._ordered
+            if seat.node.get("node_id") == drained.node_id
+        ]
 
     def _get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
         """Return the results; errors of an agent are raised as they were raised there."""
@@ -307,7 +372,12 @@ def _bundle(plan: RunPlan) -> dict[str, float]:
 
 def _refuse_impossible(plan: RunPlan, bundle: dict[str, float]) -> None:
     """Refuse what the cluster can never give: Ray would wait for it for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    draining = draining_nodes()
+    nodes = [
+        node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in draining
+    ]
     fitting = sum(
         math.floor(min(node.get(kind, 0) / amount for kind, amount in bundle.items()))
         for node in nodes
@@ -324,15 +394,3 @@ def _refuse_impossible(plan: RunPlan, bundle: dict[str, float]) -> None:
 def _words(resources: dict[str, float]) -> str:
     known = [f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if kind in resources]
     return " and ".join(known) or "nothing"
-
-
-def _version_differences(own: dict[str, Any], node: dict[str, Any]) -> list[str]:
-    pairs = [("Python", own["python"], node["python"])]
-    for package in _SAME_EVERYWHERE:
-        mine, theirs = own["packages"].get(package), node["packages"].get(package)
-        pairs.append((package, mine, theirs))
-    return [
-        f"{node['host']}: {name} {theirs or 'is missing'}, here {mine}"
-        for name, mine, theirs in pairs
-        if mine != theirs
-    ]

@@ -56,6 +56,7 @@ def start_local(plan: RunPlan) -> None:
             configure_logging=False,
             _node_ip_address=LOOPBACK,
         )
+    _keep_quiet()
 
 
 def join(config: ClusterConfig) -> Host:
@@ -94,6 +95,19 @@ def _join(address: str, upload: str | None = None) -> None:
         except Exception as error:
             chatter.seek(0)
             raise _why_not_joined(address, error, chatter.read().decode()) from error
+    _keep_quiet()
+
+
+def _keep_quiet() -> None:
+    """Keep Ray from telling of lost nodes on standard output, in colour: the supervisor tells it.
+
+    `ray.init` of Ray 2.60 has no argument for it (`_private/worker.py`, listen_error_messages);
+    another Ray, without the name, goes on telling.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
 
 
 def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterError:

@@ -12,7 +12,7 @@ from orchestrator.control.policy import Failure, GiveUp, Retry, decide
 from orchestrator.control.story import first_failure, start_failure, tell, tells_all
 from orchestrator.control.watch import Watchdog
 from orchestrator.errors import ClusterError, Interrupted, JobError, StartFailed
-from orchestrator.spec.messages import Cause, Message, Outcome, Phase, Request
+from orchestrator.spec.messages import Cause, Draining, Message, Outcome, Phase, Request
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
@@ -61,6 +61,7 @@ class Supervisor:
         self._stops = 0
         self._stop_sent_at: float | None = None
         self._listening = False
+        self._is_moving = False
         self._history: list[Failure] = []
 
     def stop(self) -> None:
@@ -94,6 +95,8 @@ class Supervisor:
                 self._listening = False
                 self._group.kill()
                 bury(self._plan.paths, number)
+            if outcome is Outcome.stopped and self._is_moving and not self._stops:
+                continue
             if outcome is not None:
                 return outcome
             if self._recover(attempt) is Outcome.stopped:
@@ -105,12 +108,17 @@ class Supervisor:
         try:
             self._group.start(self._plan, attempt.number, restore_from)
         except (ClusterError, StartFailed) as error:
+            if self._is_moving and not isinstance(error, StartFailed):
+                self._is_moving = False
+                self._notice(f"there is no room elsewhere: {error}")
+                return Outcome.stopped
             cause = Cause.start if isinstance(error, StartFailed) else Cause.cluster
             failure = start_failure(attempt, cause, str(error))
             attempt.failures.append(failure)
             if cause is Cause.start:
                 self._observe(failure)
             return None
+        self._is_moving = False
         attempt.reset(self._clock())
         for worker, seen in attempt.workers.items():
             seen.host = self._group.where(worker)
@@ -130,8 +138,23 @@ class Supervisor:
 
     def _listen(self, attempt: Attempt) -> None:
         for message in self._group.poll(_POLL_S):
-            attempt.observe(message, self._clock())
+            if isinstance(message, Draining):
+                self._leave(message)
+            else:
+                attempt.observe(message, self._clock())
             self._observe(message)
+
+    def _leave(self, message: Draining) -> None:
+        """Save and stop an attempt with a worker on a node that goes: the next is elsewhere."""
+        if self._is_moving or self._stops:
+            return
+        self._is_moving = True
+        at = time.strftime(" until %H:%M:%S", time.localtime(message.deadline or 0))
+        self._notice(
+            f"{message.host} is to be left{at if message.deadline else ''}: saving, then going on "
+            "elsewhere"
+        )
+        self._group.request(Request.SAVE_AND_STOP)
 
     def _pass_on_stop(self) -> None:
         if self._stops > 1:

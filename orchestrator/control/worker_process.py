@@ -70,6 +70,11 @@ class WorkerProcess:
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
         self._thread.start()
 
+    @property
+    def pid(self) -> int:
+        """The process's number on its node."""
+        return self._child.pid
+
     def request(self, request: Request) -> None:
         """Pass a request on; a process that has ended gets none."""
         with self._lock:

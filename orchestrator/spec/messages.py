@@ -210,6 +210,17 @@ class Notice(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Draining(Message):
+    """The worker's node is to be left; made by the group.
+
+    `deadline` is the Unix time at which the node goes, None if that is not known.
+    """
+
+    host: str
+    deadline: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Message):
     """The worker cannot go on. `user_frame` is `file:line in function: source line`."""
 
@@ -285,6 +296,7 @@ MESSAGE_KINDS: dict[str, type[Message]] = {
         SaveFailed,
         Exported,
         Notice,
+        Draining,
         Failed,
         Ended,
         Stacks,

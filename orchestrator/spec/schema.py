@@ -145,6 +145,7 @@ class ClusterConfig:
     cpus_per_worker: int | None
     start_timeout_s: float
     driver_silence_s: float
+    agent_silence_s: float
     fork: bool
     port_range: str
     trusted_network: bool

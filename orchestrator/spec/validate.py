@@ -114,9 +114,10 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         yield f"train.seed={config.train.seed}: must be at most 2^63-1"
     if config.recovery.max_restarts > 1000:
         yield f"recovery.max_restarts={config.recovery.max_restarts}: must be at most 1000"
-    # An agent's long poll lasts a second: a shorter limit would end healthy workers.
-    if config.cluster.driver_silence_s < 3:
-        yield f"cluster.driver_silence_s={config.cluster.driver_silence_s}: must be at least 3"
+    # On a busy machine an answer may take a second: a short limit would end healthy workers.
+    for key in ("driver_silence_s", "agent_silence_s"):
+        if not (silence_s := getattr(config.cluster, key)) >= 3:
+            yield f"cluster.{key}={silence_s}: must be at least 3"
     # Beacons come once a second: with less than three, one that is late would be a stall.
     for key in ("start_patience_s", "step_patience_s"):
         value = getattr(config.recovery, key)

@@ -6,15 +6,15 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayError
 
 from orchestrator.control.agent import Agent
+from orchestrator.control.ray_checks import check_nodes, clock_warning, version_differences
 from orchestrator.control.ray_errors import why_lost
-from orchestrator.control.ray_group import _version_differences
 from orchestrator.control.ray_join import _why_not_joined
-from orchestrator.errors import ExitCode
+from orchestrator.errors import ClusterError, ExitCode
 
 
 def test_a_node_like_the_driver_differs_in_nothing() -> None:
     here = Agent.describe_here()
-    assert _version_differences(here, {**here, "host": "elsewhere"}) == []
+    assert version_differences(here, {**here, "host": "elsewhere"}) == []
 
 
 def test_a_missing_package_and_another_python_are_named_with_the_node() -> None:
@@ -22,7 +22,7 @@ def test_a_missing_package_and_another_python_are_named_with_the_node() -> None:
     packages = {name: version for name, version in here["packages"].items() if name != "keras"}
     node = {**here, "host": "host-2", "python": "3.12.1", "packages": packages}
     keras = here["packages"]["keras"]
-    assert _version_differences(here, node) == [
+    assert version_differences(here, node) == [
         f"host-2: Python 3.12.1, here {here['python']}",
         f"host-2: keras is missing, here {keras}",
     ]
@@ -60,3 +60,32 @@ def test_an_agent_that_rays_memory_monitor_ended_is_told_with_its_figures() -> N
 
 def test_another_loss_is_told_as_ray_tells_it() -> None:
     assert why_lost(RayError("The actor died.\nand much more")) == "The actor died."
+
+
+def test_a_node_known_by_loopback_is_refused_beside_others_and_fine_alone() -> None:
+    here = Agent.describe_here()
+    nodes = [
+        {**here, "host": "host-1", "node_id": "a", "ip": "10.0.0.1"},
+        {**here, "host": "host-2", "node_id": "b", "ip": "127.0.1.1"},
+    ]
+    with pytest.raises(ClusterError, match=r"host-2 is known to Ray as 127\.0\.1\.1") as refused:
+        check_nodes(here, nodes)
+    assert "--node-ip-address" in str(refused.value)
+    check_nodes(here, nodes[1:])
+
+
+@pytest.mark.parametrize(
+    ("told", "warning"),
+    [
+        (103.0, ""),
+        (98.5, ""),
+        (109.0, "the clock of host-2 is 4.0 s ahead of the driver's"),
+        (97.0, "the clock of host-2 is 3.0 s behind the driver's"),
+    ],
+)
+def test_a_clock_that_cannot_be_the_drivers_is_told_with_its_figure(
+    told: float, warning: str
+) -> None:
+    # Asked at 100, answered at 105: every time in between is the driver's own.
+    found = clock_warning("host-2", told, asked=100.0, answered=105.0)
+    assert found.startswith(warning) and bool(found) == bool(warning)

@@ -12,6 +12,7 @@ from orchestrator.spec.messages import (
     BlockDone,
     Cause,
     Death,
+    Draining,
     Ended,
     Failed,
     Message,
@@ -187,3 +188,7 @@ def death(worker: int = 0, **changes: Any) -> Death:
         "log_tail": "",
     }
     return Death(worker=worker, attempt=0, **(values | changes))
+
+
+def draining(worker: int = 0, deadline: float | None = None) -> Draining:
+    return Draining(worker=worker, attempt=0, time=0.0, host=f"host-{worker}", deadline=deadline)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -81,13 +82,13 @@ def agent(zygote: Zygote) -> Agent:
     return make_agent(zygote)
 
 
-def make_agent(zygote: Zygote | None, worker: int = 0) -> Agent:
+def make_agent(zygote: Zygote | None, worker: int = 0, driver_silence_s: float = math.inf) -> Agent:
     return Agent(
         worker,
         "run",
         zygote=None if zygote is None else str(zygote.socket_path),
         use_fork=zygote is not None,
-        driver_silence_s=math.inf,
+        driver_silence_s=driver_silence_s,
     )
 
 
@@ -312,6 +313,32 @@ def test_a_worker_whose_driver_fell_silent_is_ended(
     pid = waiting_pid(plan)
     wait_until(lambda: is_gone(pid), "the worker ends")
     assert driver.poll() is None, "the worker ended with its agent, not with the silence"
+
+
+def test_a_question_that_was_long_on_its_way_keeps_no_worker(zygote: Zygote, job_dir: Path) -> None:
+    agent = make_agent(zygote, driver_silence_s=0.5)
+    lived = time.monotonic()
+    start(agent, job_dir, **WAITING)
+    deaths: list[Death] = []
+
+    def asked_in_vain() -> bool:
+        told = agent.poll(0.05, alive_at=lived)
+        deaths.extend(message for message in told if isinstance(message, Death))
+        return bool(deaths)
+
+    wait_until(asked_in_vain, "the worker ends")
+    assert "the driver was silent for" in deaths[0].error
+
+
+def test_an_order_that_was_long_on_its_way_starts_no_worker(zygote: Zygote, job_dir: Path) -> None:
+    agent = make_agent(zygote, driver_silence_s=0.1)
+    made = time.monotonic()
+    wait_until(lambda: time.monotonic() - made > 0.2, "the driver counts as gone")
+    with pytest.raises(StartFailed, match="the driver was silent for"):
+        start(agent, job_dir, **WAITING)
+    agent.poll(0.0)
+    start(agent, job_dir, **WAITING)
+    agent.kill()
 
 
 def test_a_worker_whose_agent_is_killed_is_ended(

@@ -29,6 +29,7 @@ from tests.control.scripted import (
     beacon,
     block,
     death,
+    draining,
     ended,
     failed,
     ready,
@@ -553,3 +554,26 @@ def test_the_end_of_the_log_is_told_with_a_jobs_own_error(tmp_path: Path) -> Non
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {number}\n" for number in range(9)))
     assert "  | line 5\n  | line 6\n  | line 7\n  | line 8\n" in desk.story(JobError)
+
+
+def test_a_drained_node_is_left_after_a_save_and_costs_no_restart(tmp_path: Path) -> None:
+    leaving: list[Line] = [ready(), block(), draining(), draining(), ended(0, Outcome.stopped)]
+    desk = Desk(tmp_path, leaving, WELL, recovery__max_restarts=0)
+    assert desk.run() is Outcome.completed
+    assert desk.group.requests == [Request.SAVE_AND_STOP]
+    assert len(desk.group.starts) == 2
+    assert "host-0 is to be left: saving, then going on elsewhere" in desk.notices
+
+
+def test_a_drained_node_that_nobody_can_replace_stops_the_run(tmp_path: Path) -> None:
+    leaving: list[Line] = [ready(), block(), draining(), ended(0, Outcome.stopped)]
+    desk = Desk(tmp_path, leaving, ClusterError("2 workers do not fit"))
+    assert desk.run() is Outcome.stopped
+    assert "there is no room elsewhere: 2 workers do not fit" in desk.notices
+
+
+def test_a_stop_while_a_node_is_left_ends_the_run(tmp_path: Path) -> None:
+    lines: list[Line] = [ready(), block(), draining(), lambda: desk.stop()]
+    desk = Desk(tmp_path, [*lines, ended(0, Outcome.stopped)])
+    assert desk.run() is Outcome.stopped
+    assert len(desk.group.starts) == 1

@@ -194,6 +194,7 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("tracking.log_every_steps=0", ("tracking.log_every_steps=0", "auto", "from 1")),
     ("recovery.max_restarts=1000000", ("recovery.max_restarts=1000000", "at most 1000")),
     ("cluster.driver_silence_s=1", ("cluster.driver_silence_s=1", "at least 3")),
+    ("cluster.agent_silence_s=2", ("cluster.agent_silence_s=2", "at least 3")),
     ("cluster.port_range=1-2", ("cluster.port_range=1-2", "FIRST-LAST", "1024-65535")),
     ("cluster.port_range=3000-2000", ("cluster.port_range=3000-2000", "FIRST-LAST")),
     # Relations between keys.

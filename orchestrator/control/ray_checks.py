@@ -1,0 +1,73 @@
+"""What is checked of nodes that are to train together: versions, addresses, clocks."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.errors import ClusterError
+
+_SAME_EVERYWHERE = ("tensorflow", "keras", "ray", "numpy")
+# Records carry the time of the host they were made on: with more, their order is a wrong one.
+_CLOCK_TOLERANCE_S = 2.0
+
+
+def check_nodes(own: dict[str, Any], nodes: Sequence[dict[str, Any]]) -> None:
+    """Refuse nodes that cannot train together.
+
+    Args:
+        own: what `describe_here` tells of the driver's node.
+        nodes: what the agents tell of theirs, in the order of the workers.
+
+    Raises:
+        ClusterError: versions differ, or a node has an address that others cannot reach.
+    """
+    differences = {line for node in nodes for line in version_differences(own, node)}
+    if differences:
+        raise ClusterError(
+            "the nodes do not run what the driver runs:\n  "
+            + "\n  ".join(sorted(differences))
+            + "\ninstall the same requirements/*.lock everywhere"
+        )
+    if len({node.get("node_id") for node in nodes}) < 2:
+        return
+    for node in nodes:
+        if ipaddress.ip_address(node["ip"]).is_loopback:
+            raise ClusterError(
+                f"the node {node['host']} is known to Ray as {node['ip']}, where other nodes do "
+                "not reach it; its host name may resolve to that. Start Ray there with "
+                "`ray start --node-ip-address=ADDRESS`"
+            )
+
+
+def version_differences(own: dict[str, Any], node: dict[str, Any]) -> list[str]:
+    """Return a line for each version that a node does not share with the driver's."""
+    pairs = [("Python", own["python"], node["python"])]
+    for package in _SAME_EVERYWHERE:
+        mine, theirs = own["packages"].get(package), node["packages"].get(package)
+        pairs.append((package, mine, theirs))
+    return [
+        f"{node['host']}: {name} {theirs or 'is missing'}, here {mine}"
+        for name, mine, theirs in pairs
+        if mine != theirs
+    ]
+
+
+def clock_warning(host: str, told: float, asked: float, answered: float) -> str:
+    """Return a warning if a host's clock is not the driver's; empty if it may be.
+
+    Args:
+        host: its name.
+        told: its Unix time, at some moment between the next two.
+        asked: the driver's Unix time when it asked.
+        answered: the driver's Unix time when the answer was there.
+    """
+    ahead_s = max(told - answered, 0.0) - max(asked - told, 0.0)
+    if abs(ahead_s) <= _CLOCK_TOLERANCE_S:
+        return ""
+    word = "ahead of" if ahead_s > 0 else "behind"
+    return (
+        f"the clock of {host} is {abs(ahead_s):.1f} s {word} the driver's: times in the record and "
+        "in MLflow will not fit together; run an NTP service on every node"
+    )
