@@ -178,7 +178,9 @@ def describe_stall(
         text += ", inside TensorFlow"
     else:
         text += f", at {place.frame}"
-    if now - seen.heard > _SILENT_S:
+    if seen.phase is None:
+        text += "; it has told nothing since it was started"
+    elif now - seen.heard > _SILENT_S:
         text += (
             f"; it has told nothing for {now - seen.heard:.0f} s: a call holds Python's "
             "interpreter lock, or the process gets no processor"
