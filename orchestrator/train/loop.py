@@ -63,7 +63,6 @@ class Loop:
         self._length = BlockLength(train.block_s, train.max_block_steps)
         self._saving = Saving(
             parts.plan,
-            parts.worker,
             parts.reporter,
             parts.agreement,
             parts.saver,

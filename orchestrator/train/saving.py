@@ -36,7 +36,6 @@ class Saving:
     def __init__(
         self,
         plan: RunPlan,
-        worker: int,
         reporter: Reporter,
         agreement: Agreement,
         saver: Saver | None,
@@ -49,7 +48,6 @@ class Saving:
 
         Args:
             plan: of the run.
-            worker: index of this worker.
             reporter: tells about it.
             agreement: between all workers.
             saver: the chief's; None on others.
@@ -59,7 +57,6 @@ class Saving:
         """
         self._plan = plan
         self._limit = plan.config.checkpoint.max_failed_saves
-        self._worker = worker
         self._reporter = reporter
         self._agreement = agreement
         self._saver = saver

@@ -56,7 +56,6 @@ class Desk:
         source = clusters(Split.TRAIN, 96)
         self.saving = Saving(
             self.plan,
-            0,
             reporter,
             Agreement(tf.distribute.get_strategy(), self.plan, 0),
             self.saver,
