@@ -83,6 +83,12 @@ class RayGroup:
         if not ray.is_initialized():
             with self._timed("starting Ray" if self._is_local else "joining Ray"):
                 self._initialise(plan)
+        if self._listener is None:
+            self._listener = Listener(self._config.agent_silence_s)
+        for seat in self._ordered:
+            if seat.is_lost:  # between attempts: no worker was with it
+                self._give_up(seat)
+        self._unproven = []
         with self._timed("placing workers"):
             self._place(plan)
             for worker in range(plan.num_workers):
@@ -160,10 +166,9 @@ class RayGroup:
             self._seats, self._listener = {}, None
 
     def _is_done(self, seat: Seat, answer: Any) -> bool:
-        """Wait until an agent has done something; not longer than it is heard."""
-        assert self._listener is not None
+        """Wait until an agent has done something; not longer than it can be heard."""
         deadline = time.monotonic() + _KILL_TIMEOUT_S
-        while self._listener.hears(seat) and time.monotonic() < deadline:
+        while not seat.is_lost and time.monotonic() < deadline:
             if ray.wait([answer], timeout=_LOOK_INTERVAL_S)[0]:
                 try:
                     ray.get(answer)
@@ -236,8 +241,7 @@ class RayGroup:
 
     def _attend(self) -> None:
         """Begin to listen to the agents that are new, and to tell them that the driver lives."""
-        if self._listener is None:
-            self._listener = Listener(self._config.agent_silence_s)
+        assert self._listener is not None
         self._listener.forget_drains()
         unheard = [seat for seat in self._ordered if not self._listener.hears(seat)]
         asked = time.time()

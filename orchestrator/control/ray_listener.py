@@ -38,6 +38,7 @@ class Seat:
         stamp: the agent's clock in its last answer.
         heard: this process's clock when that answer was here.
         silent_s: how long it has been listened to in vain since.
+        is_lost: whether it was listened to in vain for too long, or Ray has told its death.
     """
 
     worker: int
@@ -48,6 +49,7 @@ class Seat:
     stamp: float = 0.0
     heard: float = 0.0
     silent_s: float = 0.0
+    is_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Listener:
                 self._seats.remove(seat)
 
     def hears(self, seat: Seat) -> bool:
-        """Tell whether an agent is listened to; one that was lost is not."""
+        """Tell whether an agent is listened to."""
         with self._lock:
             return seat in self._seats
 
@@ -180,6 +182,7 @@ class Listener:
 
     def _lose(self, lost: Lost) -> None:
         if self.hears(lost.seat):  # else it is being ended on purpose
+            lost.seat.is_lost = True
             self.remove(lost.seat)
             self._heard.put(lost)
 
