@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,14 @@ def _train(
         is_resumable = past is not None and store.list_checkpoints(past.paths.checkpoints_dir)
         init_from = None if is_resumable else find_weights(config, cwd)
         paths = past.paths if past is not None else _begin(config, cwd, stack)
-        plan = make_plan(config, run=paths.root.name, host=host, cwd=cwd)
-        plan = dataclasses.replace(plan, init_from=init_from)
+
+        def replan(num_workers: int) -> RunPlan:
+            plan = make_plan(
+                config, run=paths.root.name, host=host, cwd=cwd, num_workers=num_workers
+            )
+            return dataclasses.replace(plan, init_from=init_from)
+
+        plan = replan(config.strategy.num_workers)
         if past is not None:
             notices += compare(past, plan, flatten(config))
         notices += _keep_code(plan, past)
@@ -140,7 +147,7 @@ def _train(
         stack.enter_context(guarded(plan.paths, plan.tracking_uri, plan.artifact_root))
         group = _make_group(config, zygote, screen)
         stack.callback(group.close)
-        return _Run(plan, past, overrides, group, screen, stops, start).run()
+        return _Run(plan, replan, past, overrides, group, screen, stops, start).run()
 
 
 def _take_up(config: RunConfig, cwd: Path, stack: ExitStack) -> tuple[Past | None, list[str]]:
@@ -260,6 +267,7 @@ class _Run:
     def __init__(
         self,
         plan: RunPlan,
+        replan: Callable[[int], RunPlan],
         past: Past | None,
         overrides: list[str],
         group: WorkerGroup,
@@ -286,6 +294,8 @@ class _Run:
             began=self._began,
             notice=screen.notice,
             newest_checkpoint=Checkpoints(plan.paths, read, screen.notice).newest,
+            journal=self._record.add,
+            replan=replan,
             first_attempt=1 + (past.attempts if past is not None else 0),
         )
         self._patience = JournalPatience(
@@ -334,7 +344,7 @@ class _Run:
             self._tracking = True
             self._record.start_tracking()
 
-    def _began(self, attempt: int, restore_from: str | None) -> None:
+    def _began(self, attempt: int, restore_from: str | None, num_workers: int) -> None:
         self._tally.last_step = store.step_of(Path(restore_from)) if restore_from else 0
         self._record.add(
             {
@@ -342,6 +352,7 @@ class _Run:
                 "time": time.time(),
                 "attempt": attempt,
                 "restore_from": restore_from,
+                "num_workers": num_workers,
             }
         )
 

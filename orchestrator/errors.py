@@ -73,7 +73,13 @@ class ClusterError(OrchestratorError):
 
 
 class StartFailed(ClusterError):
-    """A worker did not get as far as its first step, and it was not the job's fault."""
+    """A worker did not get as far as its first step, and it was not the job's fault.
+
+    Attributes:
+        worker: which one it was, where that is known.
+    """
+
+    worker: int | None = None
 
 
 class BudgetSpent(OrchestratorError):

@@ -151,7 +151,7 @@ class Runs:
             group,
             run.plan,
             observe=run.trace.observe,
-            began=lambda attempt, restore_from: run.trace.clear(),
+            began=lambda attempt, restore_from, num_workers: run.trace.clear(),
             notice=print,
             newest_checkpoint=lambda: (store.step_of(origin), str(origin)) if origin else None,
         )

@@ -21,6 +21,7 @@ def tiny_config(**changes: Any) -> s.RunConfig:
         strategy=s.StrategyConfig(
             name=s.StrategyName.one_device,
             num_workers=1,
+            min_workers=None,
             devices_per_worker="1",
             bytes_per_pack=None,
         ),
@@ -71,7 +72,17 @@ def tiny_config(**changes: Any) -> s.RunConfig:
         best=s.BestConfig(metric=None, mode=s.BestMode.min, min_delta=0.0, patience=None),
         precision=s.PrecisionConfig(policy=s.Precision.float32),
         checkpoint=s.CheckpointConfig(every_steps=None, every_s=None, keep=3, max_failed_saves=10),
-        recovery=s.RecoveryConfig(max_restarts=1, start_patience_s=120.0, step_patience_s=120.0),
+        recovery=s.RecoveryConfig(
+            max_restarts=1,
+            max_start_restarts=1,
+            max_node_restarts=1,
+            max_preemptions=1,
+            backoff_s=1.0,
+            max_backoff_s=60.0,
+            capacity_timeout_s=600.0,
+            start_patience_s=120.0,
+            step_patience_s=120.0,
+        ),
         tracking=s.TrackingConfig(
             uri=None,
             experiment=None,

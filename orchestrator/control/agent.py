@@ -22,6 +22,7 @@ from orchestrator.spec.messages import Message, Request
 
 _PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy")
 _WATCH_INTERVAL_S = 0.2
+_IMPORT_TIMEOUT_S = 60.0
 _PROOF = Path(__file__).resolve().parents[1] / "track" / "mlflow_model.py"
 _PROOF_TIMEOUT_S = 240.0
 _PROOF_ENV = {
@@ -56,6 +57,7 @@ class Agent:
         self._worker = worker
         self._run = run
         self._zygote = zygote
+        self._has_node_zygote = zygote is None
         self._use_fork = use_fork
         self._driver_silence_s = driver_silence_s
         self._reserved: socket.socket | None = None
@@ -86,10 +88,21 @@ class Agent:
             "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         }
 
-    def warm_up(self) -> None:
-        """Have a zygote on this node, so that starting a process is quick."""
-        if self._use_fork and self._zygote is None:
+    def warm_up(self, wait: bool = False) -> None:
+        """Have a zygote on this node, so that starting a process is quick.
+
+        Args:
+            wait: return only when it has imported TensorFlow.
+        """
+        if self._use_fork and self._has_node_zygote:
+            # Each time: one that was idle for long, while there was no room, has ended.
             self._zygote = str(launcher.node_zygote(self._run))
+        if self._use_fork and wait:
+            # The first child comes when TensorFlow is imported; an empty script does nothing.
+            empty = Path(os.devnull)
+            child = self._launch(Launch(log=empty, sys_path=(), script=empty), ())
+            child.wait(_IMPORT_TIMEOUT_S)
+            child.close()
 
     def reserve_port(self, first: int, last: int) -> int:
         """Bind a port of the range and keep it from others until the worker is started.

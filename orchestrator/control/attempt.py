@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.spec.messages import (
@@ -77,6 +78,7 @@ class Attempt:
         block_s: how long the slowest 1 % of the last blocks took, without those that traced.
         ready: whether any worker has its model.
         failures: in the order they were heard.
+        hosts: the group's names for the hosts of workers, which are unique; of some, maybe.
     """
 
     number: int
@@ -85,6 +87,7 @@ class Attempt:
     made_steps: bool = False
     ready: bool = False
     failures: list[Failed | Death] = field(default_factory=list)
+    hosts: dict[int, str] = field(default_factory=dict)
     _blocks: BlockTimes = field(default_factory=BlockTimes)
 
     @classmethod
@@ -94,6 +97,10 @@ class Attempt:
             worker: Seen(heard=now, moved=now, step=began_at) for worker in range(num_workers)
         }
         return cls(number, began_at, workers)
+
+    def name_hosts(self, hosts: Mapping[int, str]) -> None:
+        """Take note of where workers are."""
+        self.hosts = dict(hosts)
 
     def observe(self, message: Message, now: float) -> None:
         """Take note of what a worker told."""
@@ -106,7 +113,8 @@ class Attempt:
         if not isinstance(message, Saved | Beacon):
             seen.moved = now
         if isinstance(message, Ready):
-            seen.host, seen.step, self.ready = message.host, message.start_step, True
+            seen.host = self.hosts.get(message.worker, message.host)
+            seen.step, self.ready = message.start_step, True
         elif isinstance(message, Beacon):
             # A beacon that was on its way while a block ended knows less.
             told = (message.phase, max(seen.step, message.step), message.detail)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
+from orchestrator.control.policy import Room
 from orchestrator.spec.messages import Message, Request
 from orchestrator.spec.plan import RunPlan
 
@@ -14,13 +16,28 @@ class WorkerGroup(Protocol):
     `RayGroup` runs them on a cluster, `InlineGroup` in this process, tests script their own.
     """
 
-    def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
-        """Start every worker of the plan.
+    def start(
+        self,
+        plan: RunPlan,
+        attempt: int,
+        restore_from: str | None,
+        avoid: frozenset[str] = frozenset(),
+    ) -> None:
+        """Start every worker of the plan, on none of the hosts to avoid.
 
         Raises:
             ClusterError: a node or resource is not there.
             StartFailed: a worker's process could not be started.
         """
+
+    def capacity(self, plan: RunPlan) -> Room:
+        """Tell how many workers of a plan fit on each living host, those that run included."""
+
+    def hosts(self) -> Mapping[int, str]:
+        """Return the names that `capacity` has for the hosts of the workers; of some, maybe."""
+
+    def prepare(self, plan: RunPlan) -> bool:
+        """Make hosts ready that have no worker yet; returns at once whether all are."""
 
     def poll(self, timeout_s: float) -> list[Message]:
         """Wait until something is heard, at most `timeout_s`; a lost worker is a `Death`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import queue
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from orchestrator.control.agent import Agent
+from orchestrator.control.policy import Room
 from orchestrator.spec.messages import Message, Request, WorkerOrder
 from orchestrator.spec.plan import RunPlan
 
@@ -61,7 +63,13 @@ class InlineGroup:
                 self._idle.set()
         return future.result()
 
-    def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
+    def start(
+        self,
+        plan: RunPlan,
+        attempt: int,
+        restore_from: str | None,
+        avoid: frozenset[str] = frozenset(),
+    ) -> None:
         """Let the main thread run the worker."""
         self._plan = plan
         sys.path[:0] = [path for path in plan.config.code_dirs if path not in sys.path]
@@ -77,6 +85,18 @@ class InlineGroup:
                 restore_from=restore_from,
             )
         )
+
+    def capacity(self, plan: RunPlan) -> Room:
+        """Tell that every plan fits: there is nowhere else."""
+        return Room({socket.gethostname(): plan.num_workers})
+
+    def hosts(self) -> dict[int, str]:
+        """Return nothing: workers tell themselves where they are."""
+        return {}
+
+    def prepare(self, plan: RunPlan) -> bool:
+        """Do nothing: there is no other host."""
+        return True
 
     def poll(self, timeout_s: float) -> list[Message]:
         """Return what the worker told, waiting for something at most so long."""

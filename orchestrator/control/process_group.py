@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import pickle
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.control.agent import Agent
+from orchestrator.control.policy import Room
 from orchestrator.spec.messages import Message, Request, WorkerOrder
 from orchestrator.spec.plan import RunPlan
 
@@ -34,7 +36,13 @@ class ProcessGroup:
         self._agents: list[Agent] = []
         self._addresses: tuple[str, ...] = ()
 
-    def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
+    def start(
+        self,
+        plan: RunPlan,
+        attempt: int,
+        restore_from: str | None,
+        avoid: frozenset[str] = frozenset(),
+    ) -> None:
         """Start every worker's process.
 
         Raises:
@@ -72,6 +80,18 @@ class ProcessGroup:
                 str(plan.paths.worker_stacks(attempt, worker)),
                 plan.config.code_dirs,
             )
+
+    def capacity(self, plan: RunPlan) -> Room:
+        """Tell that every plan fits: there is nowhere else."""
+        return Room({socket.gethostname(): plan.num_workers})
+
+    def hosts(self) -> dict[int, str]:
+        """Return nothing: workers tell themselves where they are."""
+        return {}
+
+    def prepare(self, plan: RunPlan) -> bool:
+        """Do nothing: there is no other host."""
+        return True
 
     def poll(self, timeout_s: float) -> list[Message]:
         """Wait until something is heard, at most so long."""

@@ -5,8 +5,8 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 
 from __future__ import annotations
 
-import math
 import pickle
+import socket
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,19 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote
+from orchestrator.control.policy import Room
 from orchestrator.control.ray_agent import RayAgent
+from orchestrator.control.ray_answers import answers
 from orchestrator.control.ray_checks import check_nodes, clock_warning
 from orchestrator.control.ray_errors import why_lost
-from orchestrator.control.ray_join import LOOPBACK, first_line, join, start_local
-from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat, draining_nodes
-from orchestrator.errors import ClusterError, ExportError, OrchestratorError, StartFailed
-from orchestrator.spec.messages import Death, Draining, Message, Notice, Request, WorkerOrder
+from orchestrator.control.ray_join import LOOPBACK, join, start_local
+from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat
+from orchestrator.control.ray_nodes import bundle_of
+from orchestrator.control.ray_places import Places
+from orchestrator.errors import ExportError, StartFailed
+from orchestrator.spec.messages import (
+    Cause,
+    Death,
+    Draining,
+    Message,
+    Notice,
+    Request,
+    WorkerOrder,
+)
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterConfig, ClusterName, StrategyName
 
@@ -43,7 +54,8 @@ class RayGroup:
     """Workers on a Ray cluster: one started for this run, or one that exists.
 
     Agents stay between attempts, only their processes are replaced; an agent that is lost is
-    replaced with the next attempt.
+    replaced with the next attempt. Where the number of workers changes, or a node is gone or to be
+    avoided, all are placed again.
     """
 
     def __init__(
@@ -65,14 +77,21 @@ class RayGroup:
         self._timed = timed
         self._attempt = 0
         self._plan: RunPlan | None = None
-        self._placement: Any = None
+        self._places = Places(config)
+        self._warming: dict[str, tuple[Any, Any]] = {}
         self._seats: dict[int, Seat] = {}
         self._addresses: tuple[str, ...] = ()
         self._listener: Listener | None = None
         # Agents that were lost in the attempt: nothing has proven yet that their workers are gone.
         self._unproven: list[Seat] = []
 
-    def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
+    def start(
+        self,
+        plan: RunPlan,
+        attempt: int,
+        restore_from: str | None,
+        avoid: frozenset[str] = frozenset(),
+    ) -> None:
         """Place an agent for each worker, then start every worker's process.
 
         Raises:
@@ -90,15 +109,34 @@ class RayGroup:
                 self._give_up(seat)
         self._unproven = []
         with self._timed("placing workers"):
-            self._place(plan)
-            for worker in range(plan.num_workers):
-                if worker not in self._seats:
-                    self._seats[worker] = self._make_agent(plan, worker)
+            self._place(plan, avoid)
             self._describe_nodes()
             self._attend()
         with self._timed("importing TensorFlow"):
-            self._get([seat.actor.warm_up.remote() for seat in self._ordered])
+            self._get({seat.worker: seat.actor.warm_up.remote() for seat in self._ordered})
             self._start_processes(plan, attempt, restore_from)
+
+    def capacity(self, plan: RunPlan) -> Room:
+        """Tell how many workers fit on each host that is alive and answers."""
+        if self._is_local or not ray.is_initialized():
+            return Room({socket.gethostname(): plan.num_workers})
+        return self._places.room(plan)
+
+    def hosts(self) -> dict[int, str]:
+        """Return the names of the hosts that workers were placed on."""
+        return self._places.hosts()
+
+    def prepare(self, plan: RunPlan) -> bool:
+        """Let TensorFlow be imported where there is room but no worker; tell whether it is."""
+        if not self._config.fork:
+            return True
+        for node in self._places.spare_nodes(plan):
+            if node not in self._warming:
+                strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+                agent = self._make_agent(plan, 0, num_cpus=0, scheduling_strategy=strategy)
+                self._warming[node] = agent, agent.warm_up.remote(wait=True)
+        waiting = [ref for _, ref in self._warming.values()]
+        return not waiting or not ray.wait(waiting, num_returns=len(waiting), timeout=0)[1]
 
     def poll(self, timeout_s: float) -> list[Message]:
         """Wait until any agent has heard something; a lost agent is a `Death`."""
@@ -138,7 +176,7 @@ class RayGroup:
             )
         proof = self._seats[0].actor.prove_export.remote(str(paths.export_dir), str(log))
         with self._timed("proving the export"):
-            self._get([proof], timeout_s=_PROOF_TIMEOUT_S)
+            self._get({0: proof}, limit_s=_PROOF_TIMEOUT_S)
 
     def kill(self) -> None:
         """End all processes of the attempt; returns when they are proven gone.
@@ -160,6 +198,7 @@ class RayGroup:
             if self._listener is not None:
                 self._listener.close()
             if ray.is_initialized():
+                self._end_warming()
                 self._leave()
                 ray.shutdown()
         finally:
@@ -184,6 +223,7 @@ class RayGroup:
         ray.kill(seat.actor)
         self._seats.pop(seat.worker, None)
         self._unproven.append(seat)
+        self._places.suspect(seat.worker)
 
     def _await_fence(self, seat: Seat) -> None:
         """Wait until the worker of a lost agent is gone: seen here, or ended there by its agent."""
@@ -208,25 +248,15 @@ class RayGroup:
         else:
             join(self._config)
 
-    def _place(self, plan: RunPlan) -> None:
-        if any(seat.node.get("node_id") in draining_nodes() for seat in self._ordered):
+    def _place(self, plan: RunPlan, avoid: frozenset[str]) -> None:
+        """Have an agent for each worker, on nodes that are alive and not to be avoided."""
+        self._end_warming()
+        if not self._places.hold(plan, avoid):
             self._leave()
-        if self._placement is not None:
-            return
-        bundle = _bundle(plan)
-        _refuse_impossible(plan, bundle)
-        self._placement = placement_group(
-            [bundle] * plan.num_workers, strategy=self._config.placement.value
-        )
-        if not self._placement.wait(self._config.start_timeout_s):
-            remove_placement_group(self._placement)
-            self._placement = None
-            raise ClusterError(
-                f"{plan.num_workers} x {_words(bundle)} were not free within "
-                f"{self._config.start_timeout_s:g} s (cluster.start_timeout_s); free now: "
-                f"{_words(ray.available_resources())}. Wait for other jobs, or ask for less with "
-                "strategy.num_workers or cluster.cpus_per_worker"
-            )
+            self._places.take(plan, avoid)
+        for worker in range(plan.num_workers):
+            if worker not in self._seats:
+                self._seats[worker] = self._seat(plan, worker)
 
     def _leave(self) -> None:
         """End the agents and give their places back."""
@@ -235,9 +265,12 @@ class RayGroup:
                 self._listener.remove(seat)
             ray.kill(seat.actor)
         self._seats = {}
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
+        self._places.release()
+
+    def _end_warming(self) -> None:
+        for agent, _ in self._warming.values():
+            ray.kill(agent)
+        self._warming = {}
 
     def _attend(self) -> None:
         """Begin to listen to the agents that are new, and to tell them that the driver lives."""
@@ -245,28 +278,31 @@ class RayGroup:
         self._listener.forget_drains()
         unheard = [seat for seat in self._ordered if not self._listener.hears(seat)]
         asked = time.time()
-        answers = self._get([seat.actor.clocks.remote() for seat in unheard])
+        clocks = self._get({seat.worker: seat.actor.clocks.remote() for seat in unheard})
         answered = time.time()
-        for seat, (stamp, unix_time) in zip(unheard, answers, strict=True):
+        for seat, (stamp, unix_time) in zip(unheard, clocks, strict=True):
             seat.stamp, seat.heard = stamp, time.monotonic()
             self._listener.add(seat)
             if text := clock_warning(seat.node["host"], unix_time, asked, answered):
                 notice = Notice(worker=seat.worker, attempt=self._attempt, time=answered, text=text)
                 self._listener.tell(notice)
 
-    def _make_agent(self, plan: RunPlan, worker: int) -> Seat:
-        bundle = _bundle(plan)
-        actor = (
+    def _seat(self, plan: RunPlan, worker: int) -> Seat:
+        """Put an agent into a worker's bundle."""
+        bundle = bundle_of(plan)
+        actor = self._make_agent(
+            plan,
+            worker,
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=self._places.strategy(worker),
+        )
+        return Seat(worker, actor)
+
+    def _make_agent(self, plan: RunPlan, worker: int, **options: Any) -> Any:
+        return (
             ray.remote(RayAgent)
-            .options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                max_restarts=0,
-                max_concurrency=8,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._placement, placement_group_bundle_index=worker
-                ),
-            )
+            .options(max_restarts=0, max_concurrency=8, **options)
             .remote(
                 worker,
                 plan.run,
@@ -275,10 +311,11 @@ class RayGroup:
                 driver_silence_s=self._config.driver_silence_s,
             )
         )
-        return Seat(worker, actor)
 
     def _describe_nodes(self) -> None:
-        nodes = self._get([seat.actor.describe_node.remote() for seat in self._ordered])
+        nodes = self._get(
+            {seat.worker: seat.actor.describe_node.remote() for seat in self._ordered}
+        )
         for seat, node in zip(self._ordered, nodes, strict=True):
             seat.node = node
         check_nodes(Agent.describe_here(), nodes)
@@ -291,7 +328,7 @@ class RayGroup:
             hosts = [LOOPBACK if self._is_local else seat.node["ip"] for seat in self._ordered]
             addresses = tuple(f"{host}:{port}" for host, port in zip(hosts, ports, strict=True))
         self._addresses = addresses
-        starting = []
+        starting = {}
         for seat in self._ordered:
             gpus = seat.node["visible_gpus"] if plan.device_kind == "GPU" else ""
             order = WorkerOrder(
@@ -302,14 +339,12 @@ class RayGroup:
                 visible_gpus=gpus,
                 restore_from=restore_from,
             )
-            starting.append(
-                seat.actor.start.remote(
-                    pickle.dumps(order),
-                    attempt,
-                    str(plan.paths.worker_log(attempt, seat.worker)),
-                    str(plan.paths.worker_stacks(attempt, seat.worker)),
-                    list(plan.config.code_dirs),
-                )
+            starting[seat.worker] = seat.actor.start.remote(
+                pickle.dumps(order),
+                attempt,
+                str(plan.paths.worker_log(attempt, seat.worker)),
+                str(plan.paths.worker_stacks(attempt, seat.worker)),
+                list(plan.config.code_dirs),
             )
         for seat, pid in zip(self._ordered, self._get(starting), strict=True):
             seat.pid = pid
@@ -317,7 +352,8 @@ class RayGroup:
     def _reserve_ports(self, first: int, last: int) -> list[int]:
         """Reserve one port after another: agents of one node must not try the same one at once."""
         return [
-            self._get([seat.actor.reserve_port.remote(first, last)])[0] for seat in self._ordered
+            self._get({seat.worker: seat.actor.reserve_port.remote(first, last)})[0]
+            for seat in self._ordered
         ]
 
     def _agent_lost(self, lost: Lost) -> Death:
@@ -334,7 +370,14 @@ class RayGroup:
             exit_status=None,
             log_path=str(log),
             log_tail="",
+            cause=self._cause_of(lost),
         )
+
+    def _cause_of(self, lost: Lost) -> Cause:
+        """Tell an agent that died from a node that is gone, or was taken away with notice."""
+        if getattr(lost.error, "preempted", False):
+            return Cause.preemption
+        return Cause.worker if self._places.answers(lost.seat.worker) else Cause.node
 
     def _draining(self, drained: Drained) -> list[Message]:
         """Tell each worker on a node that is being drained."""
@@ -350,51 +393,15 @@ class RayGroup:
             if seat.node.get("node_id") == drained.node_id
         ]
 
-    def _get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
-        """Return the results; errors of an agent are raised as they were raised there."""
-        limit = timeout_s or self._config.start_timeout_s
+    def _get(self, refs: dict[int, Any], limit_s: float | None = None) -> list[Any]:
+        """Return what the agents of some workers answer, in this order.
+
+        Raises:
+            StartFailed: one does not.
+        """
         try:
-            return ray.get(refs, timeout=limit)
-        except GetTimeoutError as error:
-            raise StartFailed(
-                f"an agent did not answer within {limit:g} s (cluster.start_timeout_s)"
-            ) from error
-        except RayTaskError as error:
-            if isinstance(error.cause, OrchestratorError):
-                raise error.cause from None
-            raise StartFailed(f"an agent failed: {first_line(error.cause)}") from error
-        except RayError as error:
-            raise StartFailed(f"an agent could not start: {why_lost(error)}") from error
-
-
-def _bundle(plan: RunPlan) -> dict[str, float]:
-    bundle: dict[str, float] = {"CPU": plan.cpus_per_worker}
-    if plan.device_kind == "GPU":
-        bundle["GPU"] = plan.devices_per_worker
-    return bundle
-
-
-def _refuse_impossible(plan: RunPlan, bundle: dict[str, float]) -> None:
-    """Refuse what the cluster can never give: Ray would wait for it for ever."""
-    draining = draining_nodes()
-    nodes = [
-        node["Resources"]
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in draining
-    ]
-    fitting = sum(
-        math.floor(min(node.get(kind, 0) / amount for kind, amount in bundle.items()))
-        for node in nodes
-    )
-    if fitting < plan.num_workers:
-        have = "; ".join(_words(node) for node in nodes)
-        raise ClusterError(
-            f"{plan.num_workers} worker(s) of {_words(bundle)} each do not fit the cluster, which "
-            f"has {len(nodes)} node(s): {have}. Lower strategy.num_workers, "
-            "strategy.devices_per_worker or cluster.cpus_per_worker"
-        )
-
-
-def _words(resources: dict[str, float]) -> str:
-    known = [f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if kind in resources]
-    return " and ".join(known) or "nothing"
+            return answers(refs, limit_s or self._config.start_timeout_s)
+        except StartFailed as error:
+            if error.worker is not None:
+                self._places.suspect(error.worker)
+            raise

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from orchestrator.control.attempt import Attempt
 from orchestrator.control.folders import bury, prepare
 from orchestrator.control.group import WorkerGroup
-from orchestrator.control.policy import Failure, GiveUp, Retry, decide
-from orchestrator.control.story import first_failure, start_failure, tell, tells_all
+from orchestrator.control.next_attempt import NextAttempt
+from orchestrator.control.policy import Failure
+from orchestrator.control.sizing import Sizing
+from orchestrator.control.story import first_failure, growth_record, start_failure, tells_all
 from orchestrator.control.watch import Watchdog
-from orchestrator.errors import ClusterError, Interrupted, JobError, StartFailed
+from orchestrator.errors import ClusterError, Interrupted
 from orchestrator.spec.messages import Cause, Draining, Message, Outcome, Phase, Request
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
@@ -32,11 +36,15 @@ class Supervisor:
         plan: RunPlan,
         *,
         observe: Callable[[Message], None],
-        began: Callable[[int, str | None], None],
+        began: Callable[[int, str | None, int], None],
         notice: Callable[[str], None],
         newest_checkpoint: Callable[[], tuple[int, str] | None],
+        journal: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        replan: Callable[[int], RunPlan] | None = None,
         first_attempt: int = 1,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        rng: random.Random | None = None,
     ):
         """Make a supervisor.
 
@@ -44,25 +52,41 @@ class Supervisor:
             group: where the workers run.
             plan: what they run.
             observe: called with every message, in the order they came.
-            began: called with number and checkpoint when an attempt begins.
+            began: called with number, checkpoint and number of workers when an attempt begins.
             notice: shown to the user.
             newest_checkpoint: step and path of the newest valid checkpoint.
+            journal: takes records of what was decided and of what was waited for.
+            replan: returns the same plan with another number of workers; an elastic run needs it.
             first_attempt: number of the first attempt; later than 1 for a resumed run.
             clock: seconds from any origin.
+            sleep: waits for so many seconds.
+            rng: takes a random part off pauses, so that many runs do not start again at once.
         """
         self._group = group
-        self._plan = plan
         self._observe = observe
         self._began = began
         self._notice = notice
         self._newest_checkpoint = newest_checkpoint
-        self._next_attempt = first_attempt
+        self._journal = journal
+        self._number = first_attempt
         self._clock = clock
         self._stops = 0
         self._stop_sent_at: float | None = None
         self._listening = False
-        self._is_moving = False
-        self._history: list[Failure] = []
+        # Whether the attempt was asked to save and stop for the sake of the next one, and whether
+        # that is because a node is to be left.
+        self._makes_way = False
+        self._is_drained = False
+        self._sizing = Sizing(group, plan, replan, clock)
+        self._next = NextAttempt(
+            self._sizing,
+            notice=notice,
+            journal=journal,
+            is_stopped=self._is_stopped,
+            clock=clock,
+            sleep=sleep,
+            rng=rng or random.Random(),
+        )
 
     def stop(self) -> None:
         """Save and stop; when called again, end everything now. Safe in signal handlers."""
@@ -73,6 +97,20 @@ class Supervisor:
         """Whether there are workers that a stop is passed on to; else it need not wait."""
         return self._listening
 
+    def _is_stopped(self) -> bool:
+        """Tell whether the user wants it to stop.
+
+        Raises:
+            Interrupted: at once.
+        """
+        if self._stops > 1:
+            raise Interrupted
+        return self._stops > 0
+
+    @property
+    def _plan(self) -> RunPlan:
+        return self._sizing.plan
+
     def run(self) -> Outcome:
         """Run to the end.
 
@@ -80,45 +118,53 @@ class Supervisor:
             OrchestratorError: the run was given up; the message tells the first failure.
             Interrupted: `stop` was called twice.
         """
-        while True:
-            number = self._next_attempt
-            self._next_attempt += 1
-            found = self._newest_checkpoint()
-            attempt = Attempt.begin(
-                number, found[0] if found else 0, self._plan.num_workers, self._clock()
-            )
-            self._began(number, found[1] if found else None)
-            prepare(self._plan.paths, number)
-            try:
-                outcome = self._attempt(attempt, found[1] if found else None)
-            finally:
-                self._listening = False
-                self._group.kill()
-                bury(self._plan.paths, number)
-            if outcome is Outcome.stopped and self._is_moving and not self._stops:
-                continue
-            if outcome is not None:
+        # Without a choice the group itself tells, with all figures, what does not fit.
+        goes_on = not self._sizing.workers.is_elastic or self._next.settle(None)
+        while goes_on:
+            failure, outcome = self._run_attempt()
+            makes_way = self._makes_way and outcome is Outcome.stopped
+            if outcome is not None and (self._stops or not makes_way):
                 return outcome
-            if self._recover(attempt) is Outcome.stopped:
-                return Outcome.stopped
+            # A node that goes may be the driver's own: there is no time to wait for others.
+            goes_on = self._next.settle(failure, waits=not self._is_drained)
+        return Outcome.stopped
+
+    def _run_attempt(self) -> tuple[Failure | None, Outcome | None]:
+        """Run one attempt from the newest checkpoint; return why it failed, or how it ended."""
+        number = self._number
+        self._number += 1
+        found = self._newest_checkpoint()
+        step, path = found if found else (0, None)
+        attempt = Attempt.begin(number, step, self._plan.num_workers, self._clock())
+        self._began(number, path, self._plan.num_workers)
+        prepare(self._plan.paths, number)
+        try:
+            outcome = self._attempt(attempt, path)
+        finally:
+            self._listening = False
+            self._group.kill()
+            bury(self._plan.paths, number)
+        if outcome is not None:
+            return None, outcome
+        found = self._newest_checkpoint()
+        failure = first_failure(attempt, self._plan.paths, found[0] if found else None)
+        self._sizing.history.append(failure)
+        return failure, None
 
     def _attempt(self, attempt: Attempt, restore_from: str | None) -> Outcome | None:
-        """Run one attempt; None if it failed."""
+        """Start the workers and listen to them until they have ended; None if they failed."""
         self._stop_sent_at = None
+        self._makes_way = self._is_drained = False
         try:
-            self._group.start(self._plan, attempt.number, restore_from)
-        except (ClusterError, StartFailed) as error:
-            if self._is_moving and not isinstance(error, StartFailed):
-                self._is_moving = False
-                self._notice(f"there is no room elsewhere: {error}")
-                return Outcome.stopped
-            cause = Cause.start if isinstance(error, StartFailed) else Cause.cluster
-            failure = start_failure(attempt, cause, str(error))
-            attempt.failures.append(failure)
-            if cause is Cause.start:
-                self._observe(failure)
+            self._group.start(self._plan, attempt.number, restore_from, self._sizing.avoid)
+        except ClusterError as error:
+            failed = start_failure(attempt, error)
+            attempt.failures.append(failed)
+            if failed.cause is Cause.start:
+                self._observe(failed)
             return None
-        self._is_moving = False
+        finally:
+            attempt.name_hosts(self._group.hosts())
         attempt.reset(self._clock())
         for worker, seen in attempt.workers.items():
             seen.host = self._group.where(worker)
@@ -128,6 +174,7 @@ class Supervisor:
             if self._stops and self._has_nothing_to_save(attempt):
                 return Outcome.stopped
             self._pass_on_stop()
+            self._grow(attempt)
             self._listen(attempt)
             if attempt.outcome is not None:
                 return self._end_well(attempt.outcome)
@@ -146,20 +193,22 @@ class Supervisor:
 
     def _leave(self, message: Draining) -> None:
         """Save and stop an attempt with a worker on a node that goes: the next is elsewhere."""
-        if self._is_moving or self._stops:
+        self._is_drained = True
+        if self._makes_way or self._stops:
             return
-        self._is_moving = True
         at = time.strftime(" until %H:%M:%S", time.localtime(message.deadline or 0))
         self._notice(
             f"{message.host} is to be left{at if message.deadline else ''}: saving, then going on "
             "elsewhere"
         )
+        self._make_way()
+
+    def _make_way(self) -> None:
+        self._makes_way = True
         self._group.request(Request.SAVE_AND_STOP)
 
     def _pass_on_stop(self) -> None:
-        if self._stops > 1:
-            raise Interrupted
-        if self._stops and self._stop_sent_at is None:
+        if self._is_stopped() and self._stop_sent_at is None:
             self._stop_sent_at = self._clock()
             self._group.request(Request.SAVE_AND_STOP)
 
@@ -174,6 +223,20 @@ class Supervisor:
             and self._clock() - asked > _FIRST_BLOCK_S
             and attempt.workers[0].phase is Phase.tracing
         )
+
+    def _grow(self, attempt: Attempt) -> None:
+        """Save and stop an attempt that is smaller than it could be: the next one is larger."""
+        if self._stops or self._makes_way or not attempt.made_steps:
+            return
+        number = self._sizing.look()
+        if number is None:
+            return
+        self._notice(
+            f"there is room for {number} workers: saving, then going on with {number} instead of "
+            f"{self._plan.num_workers}"
+        )
+        self._journal(growth_record(attempt, number))
+        self._make_way()
 
     def _end_well(self, outcome: Outcome) -> Outcome:
         """Prove the export of a completed run, unless a stop cannot wait for that."""
@@ -202,30 +265,5 @@ class Supervisor:
             spoken = {failure.worker for failure in attempt.failures}
             if len(spoken) == self._plan.num_workers or tells_all(attempt.failures):
                 return
-            if self._stops > 1:
-                raise Interrupted
+            self._is_stopped()
             self._listen(attempt)
-
-    def _recover(self, attempt: Attempt) -> Outcome | None:
-        """Ask the policy; return to retry, or that the run has stopped; raise to give up."""
-        found = self._newest_checkpoint()
-        failure = first_failure(attempt, self._plan.paths, found[0] if found else None)
-        self._history.append(failure)
-        decision = decide(self._history, self._plan.config.recovery)
-        step = failure.checkpoint_step or 0
-        if self._stops and isinstance(decision, Retry):
-            if failure.cause is not Cause.job:
-                # What ends a host ends workers and driver in any order.
-                told = tell(failure, f"it failed while stopping; the newest checkpoint is {step:,}")
-                self._notice(told)
-                return Outcome.stopped
-            decision = GiveUp(JobError, "it failed while stopping")
-        if isinstance(decision, GiveUp):
-            story = tell(failure, decision.reason)
-            if failure.checkpoint_step:
-                story += (
-                    f"\nit can go on from step {failure.checkpoint_step:,}: resume={self._plan.run}"
-                )
-            raise decision.error(story)
-        self._notice(f"retry {decision.number} of {decision.limit} from step {step:,}")
-        return None

@@ -87,10 +87,12 @@ def _count(number: int, noun: str) -> str:
 
 def _workers(plan: RunPlan) -> str:
     devices = _count(plan.devices_per_worker, plan.device_kind)
+    least = plan.config.strategy.min_workers
+    elastic = "" if least is None else f", at least {_count(least, 'worker')}"
     return (
         f"{_count(plan.num_workers, 'worker')} x {devices} = "
         f"{_count(plan.num_replicas, 'replica')}, {plan.config.strategy.name.value}, "
-        f"{_count(plan.cpus_per_worker, 'CPU thread')} each"
+        f"{_count(plan.cpus_per_worker, 'CPU thread')} each{elastic}"
     )
 
 

@@ -40,6 +40,8 @@ class Cause(Enum):
 
     job = "job"
     worker = "worker"
+    node = "node"
+    preemption = "preemption"
     start = "start"
     cluster = "cluster"
     restore = "restore"
@@ -263,6 +265,7 @@ class Death(Message):
     exit_status: int | None
     log_path: str
     log_tail: str
+    cause: Cause = Cause.worker  # node or preemption where its machine is gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,7 +105,9 @@ class RunPlan:
         return json.dumps({"cluster": {"worker": list(addresses)}, "task": task})
 
 
-def make_plan(config: RunConfig, *, run: str, host: Host, cwd: Path) -> RunPlan:
+def make_plan(
+    config: RunConfig, *, run: str, host: Host, cwd: Path, num_workers: int | None = None
+) -> RunPlan:
     """Work out everything that follows from a config.
 
     Args:
@@ -113,11 +115,14 @@ def make_plan(config: RunConfig, *, run: str, host: Host, cwd: Path) -> RunPlan:
         run: the name of the run.
         host: what each host offers.
         cwd: what relative paths are relative to; absolute.
+        num_workers: fewer than `strategy.num_workers`, while there is no room for all of an elastic
+            run's workers. What each of them takes, the global batch and the order of examples
+            do not depend on it.
 
     Raises:
         PlanError: nothing sensible follows from the numbers.
     """
-    num_workers = config.strategy.num_workers
+    num_workers = config.strategy.num_workers if num_workers is None else num_workers
     devices, kind = _devices(config, host)
     replicas = num_workers * devices
     batch = config.train.global_batch_size

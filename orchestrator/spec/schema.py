@@ -131,6 +131,7 @@ class StrategyConfig:
 
     name: StrategyName
     num_workers: int
+    min_workers: int | None
     devices_per_worker: str  # "auto" or a number: OmegaConf has no union of text and int
     bytes_per_pack: int | None
 
@@ -264,7 +265,13 @@ class RecoveryConfig:
         step_patience_s: the same while stepping; at least five of the slowest blocks count.
     """
 
-    max_restarts: int
+    max_restarts: int | None
+    max_start_restarts: int | None
+    max_node_restarts: int | None
+    max_preemptions: int | None
+    backoff_s: float
+    max_backoff_s: float
+    capacity_timeout_s: float
     start_patience_s: float
     step_patience_s: float
 

@@ -20,6 +20,7 @@ from orchestrator.spec.schema import (
     StrategyName,
 )
 from orchestrator.spec.secrets import mask_text
+from orchestrator.spec.validate_recovery import recovery_rules
 from orchestrator.spec.validate_train import train_rules
 
 _MAX_SEED = 2**63 - 1
@@ -54,6 +55,7 @@ def validate(config: RunConfig) -> None:
         *_numbers(config),
         *_strategy(config),
         *_lengths(config),
+        *recovery_rules(config),
         *train_rules(config),
         *_optimizer(config),
         *_names(config),
@@ -66,6 +68,7 @@ def validate(config: RunConfig) -> None:
 def _numbers(config: RunConfig) -> Iterator[str]:
     at_least: list[tuple[str, float | None, float]] = [
         ("strategy.num_workers", config.strategy.num_workers, 1),
+        ("strategy.min_workers", config.strategy.min_workers, 1),
         ("strategy.bytes_per_pack", config.strategy.bytes_per_pack, 1),
         ("train.global_batch_size", config.train.global_batch_size, 1),
         ("train.micro_batches", config.train.micro_batches, 1),
@@ -79,7 +82,6 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("checkpoint.max_failed_saves", config.checkpoint.max_failed_saves, 1),
-        ("recovery.max_restarts", config.recovery.max_restarts, 0),
         ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
         ("precision.initial_loss_scale", config.precision.initial_loss_scale, 1),
         ("cluster.cpus_per_worker", config.cluster.cpus_per_worker, 1),
@@ -91,8 +93,6 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("train.eval_every_epochs", config.train.eval_every_epochs),
         ("train.block_s", config.train.block_s),
         ("checkpoint.every_s", config.checkpoint.every_s),
-        ("recovery.start_patience_s", config.recovery.start_patience_s),
-        ("recovery.step_patience_s", config.recovery.step_patience_s),
         ("cluster.start_timeout_s", config.cluster.start_timeout_s),
         ("tracking.timeout_s", config.tracking.timeout_s),
         ("tracking.journal_patience_s", config.tracking.journal_patience_s),
@@ -112,20 +112,10 @@ def _numbers(config: RunConfig) -> Iterator[str]:
             yield f"{key}={value}: must be a number greater than 0"
     if config.train.seed > _MAX_SEED:
         yield f"train.seed={config.train.seed}: must be at most 2^63-1"
-    if config.recovery.max_restarts > 1000:
-        yield f"recovery.max_restarts={config.recovery.max_restarts}: must be at most 1000"
     # On a busy machine an answer may take a second: a short limit would end healthy workers.
     for key in ("driver_silence_s", "agent_silence_s"):
         if not (silence_s := getattr(config.cluster, key)) >= 3:
             yield f"cluster.{key}={silence_s}: must be at least 3"
-    # Beacons come once a second: with less than three, one that is late would be a stall.
-    for key in ("start_patience_s", "step_patience_s"):
-        value = getattr(config.recovery, key)
-        if 0 < value < 3:
-            yield (
-                f"recovery.{key}={value:g} is shorter than three beacons of a worker, which come "
-                "once a second: must be at least 3"
-            )
 
 
 def _strategy(config: RunConfig) -> Iterator[str]:
@@ -135,6 +125,16 @@ def _strategy(config: RunConfig) -> Iterator[str]:
             f"strategy.num_workers={strategy.num_workers} with strategy={strategy.name.value}: "
             "several workers need strategy=multi_worker; several devices of one host are "
             "strategy=mirrored strategy.devices_per_worker=N"
+        )
+    if strategy.min_workers is not None and strategy.name is not StrategyName.multi_worker:
+        yield (
+            f"strategy.min_workers={strategy.min_workers} with strategy={strategy.name.value}: "
+            "only multi_worker can go on with fewer workers; set strategy.min_workers=null"
+        )
+    elif strategy.min_workers is not None and strategy.min_workers > strategy.num_workers:
+        yield (
+            f"strategy.min_workers={strategy.min_workers} is more than "
+            f"strategy.num_workers={strategy.num_workers}, which is the most that a run has"
         )
     devices = strategy.devices_per_worker
     if devices != "auto" and not (devices.isdigit() and int(devices) >= 1):

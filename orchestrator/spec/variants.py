@@ -246,6 +246,7 @@ def variant_plan(
     config = copy.deepcopy(config)
     config.strategy.name = variant.strategy
     config.strategy.num_workers = variant.num_workers
+    config.strategy.min_workers = None
     config.strategy.devices_per_worker = str(variant.devices)
     config.optimizer = copy.deepcopy(comparison.optimizer)
     if variant.clipped:

@@ -93,6 +93,12 @@ def _refuse_stream(plan: RunPlan, split: Split) -> None:
             "it needs random access: return an ArraySource or a RecordSource, or set "
             "data.num_eval_examples=0"
         )
+    if plan.config.strategy.min_workers not in (None, plan.config.strategy.num_workers):
+        raise JobError(
+            f"strategy.min_workers={plan.config.strategy.min_workers} with a stream as source("
+            "TRAIN): a stream is not elastic, as the number of replicas decides which examples a "
+            "step sees; set strategy.min_workers=null, or return a source of random access"
+        )
     if plan.verifying:
         raise JobError(
             "source(TRAIN) returned a stream; verify compares runs of the same examples, and a "

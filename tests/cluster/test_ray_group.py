@@ -1,15 +1,25 @@
-"""What is told when Ray cannot be joined, or its nodes are not like the driver."""
+"""Ray's nodes: who cannot be joined, who is not like the driver, who has room, who answers."""
 
 from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.exceptions import OutOfMemoryError, RayError
 
 from orchestrator.control.agent import Agent
+from orchestrator.control.policy import Room
 from orchestrator.control.ray_checks import check_nodes, clock_warning, version_differences
 from orchestrator.control.ray_errors import why_lost
 from orchestrator.control.ray_join import _why_not_joined
+from orchestrator.control.ray_nodes import _answers, count_room, keep_off
 from orchestrator.errors import ClusterError, ExitCode
+from orchestrator.spec.schema import Placement, StrategyName
+from tests.plans import tiny_plan
 
 
 def test_a_node_like_the_driver_differs_in_nothing() -> None:
@@ -89,3 +99,71 @@ def test_a_clock_that_cannot_be_the_drivers_is_told_with_its_figure(
     # Asked at 100, answered at 105: every time in between is the driver's own.
     found = clock_warning("host-2", told, asked=100.0, answered=105.0)
     assert found.startswith(warning) and bool(found) == bool(warning)
+
+
+def node(name: str, port: int = 0) -> dict[str, Any]:
+    return {
+        "NodeManagerHostname": f"host-{name}",
+        "NodeName": f"10.0.0.{name}",
+        "NodeManagerAddress": "127.0.0.1",
+        "NodeManagerPort": port,
+    }
+
+
+NODES = {name: node(name) for name in "123"}
+FREE = {"1": {"CPU": 5.0, "GPU": 1.0}, "2": {"CPU": 2.0}, "4": {"CPU": 9.0}}
+
+
+@pytest.mark.parametrize(
+    ("placement", "held", "counts", "fits"),
+    [
+        pytest.param(Placement.PACK, [], [2, 1, 0], 3, id="what is free"),
+        pytest.param(Placement.PACK, ["2", "3", "4"], [2, 2, 1], 5, id="and what is held"),
+        pytest.param(Placement.STRICT_SPREAD, ["2"], [1, 1, 0], 2, id="one on each"),
+        pytest.param(Placement.STRICT_PACK, ["2"], [2, 2, 0], 2, id="all on one"),
+    ],
+)
+def test_room_is_what_is_free_or_held_on_nodes_that_may_be_used(
+    placement: Placement, held: list[str], counts: list[int], fits: int, tmp_path: Path
+) -> None:
+    plan = tiny_plan(tmp_path, strategy__name=StrategyName.multi_worker, cluster__cpus_per_worker=2)
+    room = count_room(plan, placement, NODES, FREE, held)
+    names = [f"host-{name} (10.0.0.{name})" for name in "123"]
+    assert [room.hosts[name] for name in names] == counts
+    assert (room.fits(), room.worker) == (fits, "2 CPU")
+
+
+def test_a_worker_with_gpus_fits_where_both_are_free(tmp_path: Path) -> None:
+    plan = tiny_plan(tmp_path, num_gpus=1, strategy__name=StrategyName.multi_worker)
+    room = count_room(plan, Placement.PACK, NODES, FREE)
+    assert (room.fits(), room.worker) == (1, "1 CPU and 1 GPU")
+
+
+def test_a_placement_group_keeps_off_nodes_by_their_ids() -> None:
+    assert keep_off({"b", "a"}, 2) == [{"ray.io/node-id": "!in(a,b)"}] * 2
+    assert keep_off(set(), 2) == [{}, {}]
+
+
+def test_hosts_are_avoided_and_counted_by_name() -> None:
+    room = Room({"a": 1, "b": 2})
+    assert (room.fits(), room.fits(frozenset({"b"})), room.fits(frozenset({"c"}))) == (3, 1, 3)
+
+
+@pytest.mark.parametrize("says", [b"", b"\0\0\0\4\0\0\0\0\0"], ids=["stopped", "alive"])
+def test_a_node_under_suspicion_must_say_something(says: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            stack.enter_context(connection)
+            if says:
+                connection.sendall(says)
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert _answers(node("1", server.getsockname()[1])) is bool(says)
+
+
+def test_a_node_whose_port_is_closed_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert not _answers(node("1", port))

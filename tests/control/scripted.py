@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.control.policy import Room
 from orchestrator.spec.messages import (
     Beacon,
     BlockDone,
@@ -50,6 +51,11 @@ class ScriptedGroup:
         starts: plan, attempt and checkpoint of every start.
         requests: everything asked of the workers.
         calls: every call but `poll`, in order, in words.
+        avoided: the hosts to avoid of every start.
+        room: what `capacity` returns at a time of the clock; None for all workers on one host.
+        places: what `hosts` returns.
+        is_ready: what `prepare` returns at a time of the clock.
+        on_sleep: called with the time after every nap of the supervisor.
     """
 
     def __init__(self, *scripts: Script):
@@ -57,6 +63,11 @@ class ScriptedGroup:
         self.starts: list[tuple[RunPlan, int, str | None]] = []
         self.requests: list[Request] = []
         self.calls: list[str] = []
+        self.avoided: list[frozenset[str]] = []
+        self.room: Callable[[float], Mapping[str, int]] | None = None
+        self.places: dict[int, str] = {}
+        self.is_ready: Callable[[float], bool] = lambda now: True
+        self.on_sleep: Callable[[float], object] = lambda now: None
         self._scripts = list(scripts)
         self._lines: list[Line] = []
         self._attempt = 0
@@ -64,14 +75,36 @@ class ScriptedGroup:
     def clock(self) -> float:
         return self.now
 
-    def start(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
+    def start(
+        self,
+        plan: RunPlan,
+        attempt: int,
+        restore_from: str | None,
+        avoid: frozenset[str] = frozenset(),
+    ) -> None:
         self.starts.append((plan, attempt, restore_from))
+        self.avoided.append(avoid)
         self.calls.append(f"start {attempt} from {restore_from}")
         assert self._scripts, f"nobody expected attempt {attempt}"
         script = self._scripts.pop(0)
         if isinstance(script, Exception):
             raise script
         self._attempt, self._lines = attempt, list(script)
+
+    def sleep(self, seconds: float) -> None:
+        assert self.now < _FOR_EVER_S, "the supervisor waits for ever"
+        self.now += seconds
+        self.on_sleep(self.now)
+
+    def capacity(self, plan: RunPlan) -> Room:
+        hosts = {"here": plan.num_workers} if self.room is None else self.room(self.now)
+        return Room(hosts, "1 CPU")
+
+    def hosts(self) -> Mapping[int, str]:
+        return self.places
+
+    def prepare(self, plan: RunPlan) -> bool:
+        return self.is_ready(self.now)
 
     def poll(self, timeout_s: float) -> list[Message]:
         assert self.now < _FOR_EVER_S, "the supervisor waits for ever"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from orchestrator.errors import (
     StorageError,
 )
 from orchestrator.spec.messages import Cause, Death, Message, Outcome, Phase, Request, Saved
+from orchestrator.spec.plan import Host, RunPlan, make_plan
 from orchestrator.spec.schema import StrategyName
 from tests.control.scripted import (
     Line,
@@ -36,7 +39,7 @@ from tests.control.scripted import (
     saved,
     stacks,
 )
-from tests.plans import tiny_plan
+from tests.plans import tiny_config
 
 START_PATIENCE_S = 120.0
 STEP_PATIENCE_S = 10.0
@@ -69,26 +72,42 @@ class Desk:
         if workers > 1:
             changes["strategy__name"] = StrategyName.multi_worker
             changes["strategy__num_workers"] = workers
-        self.plan = tiny_plan(
-            folder,
+        if "recovery__max_restarts" in changes:
+            changes.setdefault("recovery__max_start_restarts", changes["recovery__max_restarts"])
+        self.config = tiny_config(
             recovery__start_patience_s=START_PATIENCE_S,
             recovery__step_patience_s=STEP_PATIENCE_S,
             **changes,
         )
+        self.folder = folder
+        self.plan = self.replan(workers)
         self.group = ScriptedGroup(*scripts)
         self.told: list[Message] = []
         self.began: list[tuple[int, str | None]] = []
+        self.records: list[Mapping[str, Any]] = []
         self.notices: list[str] = []
         self._checkpoint = checkpoint
         self.supervisor = Supervisor(
             self.group,
             self.plan,
             observe=self.told.append,
-            began=lambda attempt, path: self.began.append((attempt, path)),
+            began=lambda attempt, path, num_workers: self.began.append((attempt, path)),
             notice=self.notices.append,
             newest_checkpoint=self.newest_checkpoint,
+            journal=self.records.append,
+            replan=self.replan,
             first_attempt=first_attempt,
             clock=self.group.clock,
+            sleep=self.group.sleep,
+        )
+
+    def replan(self, num_workers: int) -> RunPlan:
+        return make_plan(
+            self.config,
+            run="20260101-000000-abcd",
+            host=Host(num_cpus=2, num_gpus=0),
+            cwd=self.folder,
+            num_workers=num_workers,
         )
 
     def newest_checkpoint(self) -> tuple[int, str] | None:
@@ -237,8 +256,7 @@ def test_a_death_is_told_and_not_what_its_peers_suffered(tmp_path: Path, lines: 
     desk = Desk(tmp_path, script, workers=2, recovery__max_restarts=0)
     story = desk.story(BudgetSpent)
     assert story.startswith("worker 1 on host-1 failed")
-    assert "death of worker 1" in story
-    assert "collateral" not in story
+    assert story.index("death of worker 1") < story.index("also: worker 0: collateral error")
 
 
 @pytest.mark.parametrize(
@@ -256,8 +274,9 @@ def test_a_job_error_is_told_and_not_the_death_it_brought(
     desk = Desk(tmp_path, [[ready(0), ready(1)], *lines], workers=2)
     story = desk.story(JobError)
     assert story.startswith("worker 1 on host-1 failed")
-    assert "job error of worker 1" in story
-    assert "worker 0" not in story
+    told, _, rest = story.partition("also: ")
+    assert "job error of worker 1" in told
+    assert "worker 0" not in told and "job error" not in rest
 
 
 def test_of_two_deaths_the_earlier_is_told(tmp_path: Path) -> None:
@@ -296,7 +315,8 @@ def test_the_last_lines_of_a_dead_workers_log_are_told(tmp_path: Path) -> None:
 
 def test_a_start_that_fails_for_good_is_told_without_a_log(tmp_path: Path) -> None:
     desk = Desk(tmp_path, StartFailed("no process"), recovery__max_restarts=0)
-    assert desk.story(StartFailed) == "no process"
+    budget = "0 restarts (recovery.max_start_restarts) brought no new checkpoint"
+    assert desk.story(StartFailed) == f"no process\n{budget}"
 
 
 def test_a_job_error_before_the_first_step_is_not_retried(tmp_path: Path) -> None:
@@ -556,24 +576,349 @@ def test_the_end_of_the_log_is_told_with_a_jobs_own_error(tmp_path: Path) -> Non
     assert "  | line 5\n  | line 6\n  | line 7\n  | line 8\n" in desk.story(JobError)
 
 
-def test_a_drained_node_is_left_after_a_save_and_costs_no_restart(tmp_path: Path) -> None:
-    leaving: list[Line] = [ready(), block(), draining(), draining(), ended(0, Outcome.stopped)]
-    desk = Desk(tmp_path, leaving, WELL, recovery__max_restarts=0)
-    assert desk.run() is Outcome.completed
-    assert desk.group.requests == [Request.SAVE_AND_STOP]
-    assert len(desk.group.starts) == 2
-    assert "host-0 is to be left: saving, then going on elsewhere" in desk.notices
-
-
-def test_a_drained_node_that_nobody_can_replace_stops_the_run(tmp_path: Path) -> None:
-    leaving: list[Line] = [ready(), block(), draining(), ended(0, Outcome.stopped)]
-    desk = Desk(tmp_path, leaving, ClusterError("2 workers do not fit"))
-    assert desk.run() is Outcome.stopped
-    assert "there is no room elsewhere: 2 workers do not fit" in desk.notices
-
-
 def test_a_stop_while_a_node_is_left_ends_the_run(tmp_path: Path) -> None:
     lines: list[Line] = [ready(), block(), draining(), lambda: desk.stop()]
     desk = Desk(tmp_path, [*lines, ended(0, Outcome.stopped)])
     assert desk.run() is Outcome.stopped
     assert len(desk.group.starts) == 1
+
+
+def test_of_many_other_failures_a_few_are_told_and_the_rest_is_counted(tmp_path: Path) -> None:
+    others = [failed(worker, Cause.collateral, error=f"error {worker}") for worker in range(1, 6)]
+    alike = [failed(worker, Cause.collateral, error="lost") for worker in range(6, 9)]
+    script: list[Line] = [[death(0), *alike, *others]]
+    desk = Desk(tmp_path, script, workers=9, recovery__max_restarts=0, train__global_batch_size=32)
+    lines = [line for line in desk.story().splitlines() if line.startswith("also: ")]
+    assert lines == [
+        "also: 3 workers: lost",
+        "also: worker 1: error 1",
+        "also: worker 2: error 2",
+        "also: and 3 more",
+    ]
+
+
+def test_a_lost_node_is_told_and_not_the_processes_that_died_of_it(tmp_path: Path) -> None:
+    lines = [death(0, time=1.0), death(1, time=2.0, cause=Cause.node, error="its node is gone")]
+    desk = Desk(tmp_path, [lines], workers=2, recovery__max_node_restarts=0)
+    assert desk.story().splitlines()[1].strip() == "its node is gone"
+
+
+def test_the_groups_name_for_a_host_is_the_one_that_is_told(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), death()], recovery__max_restarts=0)
+    desk.group.places = {0: "vm (10.0.0.1)"}
+    assert desk.story().startswith("worker 0 on vm (10.0.0.1) failed")
+
+
+# What follows a failure: pauses, budgets, records.
+
+
+def test_every_failure_is_on_record_with_what_was_decided(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, [ready(), block(), death()], [ready(), death()])
+    desk.story()
+    kinds = [record for record in desk.records if record["kind"] == "Decided"]
+    assert [(r["attempt"], r["cause"], r["decision"]) for r in kinds] == [
+        (1, "worker", "retry"),
+        (2, "worker", "give up"),
+    ]
+    assert (kinds[0]["number"], kinds[0]["limit"], kinds[0]["num_workers"]) == (1, 1, 1)
+    assert "recovery.max_restarts" in kinds[1]["reason"]
+
+
+def test_the_first_retry_does_not_wait_and_the_others_wait_longer_and_longer(
+    tmp_path: Path,
+) -> None:
+    began: list[float] = []
+    errors = [StartFailed("no process")] * 4
+    desk = Desk(tmp_path, *errors, WELL, recovery__max_start_restarts=4)
+    start = desk.group.start
+    desk.group.start = lambda *args: (began.append(desk.group.now), start(*args))[1]  # type: ignore
+    assert desk.run() is Outcome.completed
+    pauses = [later - earlier for earlier, later in itertools.pairwise(began)]
+    # Between half and all of 1, 2 and 4 s; a failed start is listened to for 1.5 s.
+    heard_s = pauses[0]
+    assert heard_s < 2.0
+    for pause_s, most in zip(pauses[1:], (1.0, 2.0, 4.0), strict=True):
+        assert most / 2 <= pause_s - heard_s <= most
+    waits = [r["seconds"] for r in desk.records if r["kind"] == "Waiting"]
+    assert waits == pytest.approx([pause_s - heard_s for pause_s in pauses[1:]], abs=1e-3)
+
+
+def test_a_stop_ends_a_pause_at_once(tmp_path: Path) -> None:
+    desk = Desk(
+        tmp_path,
+        *[StartFailed("no process")] * 2,
+        recovery__max_start_restarts=9,
+        recovery__backoff_s=50.0,
+    )
+    desk.group.on_sleep = lambda now: desk.stop() if now > 1010.0 else None
+    assert desk.run() is Outcome.stopped
+    assert desk.group.now < 1012.0
+    assert len(desk.group.starts) == 2
+
+
+# Elastic runs: room for three workers, at least two.
+
+
+def elastic(
+    folder: Path, *scripts: Script, room: Callable[[float], Mapping[str, int]], **changes: Any
+) -> Desk:
+    desk = Desk(folder, *scripts, workers=3, strategy__min_workers=2, **changes)
+    desk.group.room = room
+    return desk
+
+
+def hosts(count: int) -> dict[str, int]:
+    return {f"host-{index}": 1 for index in range(count)}
+
+
+def all_ready(count: int) -> list[Message]:
+    return [ready(worker) for worker in range(count)]
+
+
+def all_ended(count: int, outcome: Outcome = Outcome.completed) -> list[Message]:
+    return [ended(worker, outcome) for worker in range(count)]
+
+
+def sizes(desk: Desk) -> list[int]:
+    return [plan.num_workers for plan, _, _ in desk.group.starts]
+
+
+# An attempt of two workers that waits for what comes.
+TWO: list[Line] = [all_ready(2), [block(0), block(1)]]
+STOPPED: list[Line] = [all_ended(2, Outcome.stopped)]
+
+
+def quiet(seconds: int) -> list[Line]:
+    """Return workers that only step, for so many seconds."""
+    return [line for _ in range(seconds) for line in ([block(0), block(1)], Silence(0.8))]
+
+
+def test_a_lost_node_leaves_a_run_with_fewer_workers_and_the_same_batch(tmp_path: Path) -> None:
+    room = hosts(3)
+
+    def lose() -> None:
+        del room["host-2"]
+
+    first: list[Line] = [all_ready(3), block(), saved(4), lose, death(2, cause=Cause.node)]
+    desk = elastic(tmp_path, first, [*TWO, all_ended(2)], room=lambda now: room)
+    assert desk.run() is Outcome.completed
+    assert sizes(desk) == [3, 2]
+    assert [sum(plan.replica_batch_sizes) for plan, _, _ in desk.group.starts] == [16, 16]
+    assert desk.notices == ["retry 1 of 1 from step 4 with 2 of 3 workers"]
+
+
+def test_a_run_that_may_not_shrink_waits_for_its_node(tmp_path: Path) -> None:
+    desk = Desk(
+        tmp_path,
+        [[ready(0), ready(1)], block(), saved(4), death(1, cause=Cause.node)],
+        [[ready(0), ready(1)], [ended(0), ended(1)]],
+        workers=2,
+    )
+    desk.group.room = lambda now: hosts(1 if now < 1100.0 else 2)
+    assert desk.run() is Outcome.completed
+    assert sizes(desk) == [2, 2]
+    assert 1100.0 <= desk.group.now < 1103.0
+    [wait] = [record for record in desk.records if record["kind"] == "Waiting"]
+    assert wait["reason"] == "capacity" and 95.0 < wait["seconds"] < 100.0
+
+
+def test_what_is_waited_for_is_said_now_and_again(tmp_path: Path) -> None:
+    desk = elastic(tmp_path, [*TWO, all_ended(2)], room=lambda now: hosts(1 if now < 1065.0 else 2))
+    assert desk.run() is Outcome.completed
+    assert [note for note in desk.notices if note.startswith("waiting")] == [
+        f"waiting for capacity since {since} s, at most 600 s (recovery.capacity_timeout_s): 2 "
+        "worker(s) of 1 CPU each (strategy.min_workers) are needed, there is room for 1 on host-0"
+        for since in (0, 30, 60)
+    ]
+
+
+def test_waiting_for_too_long_ends_the_run_as_the_clusters_fault(tmp_path: Path) -> None:
+    first: list[Line] = [all_ready(3), block(), saved(4), death(2, cause=Cause.node)]
+    desk = elastic(tmp_path, first, room=lambda now: hosts(3 if now < 1001.0 else 1))
+    story = desk.story(ClusterError)
+    assert "not within 600 s (recovery.capacity_timeout_s)" in story
+    assert story.endswith(f"it can go on from step 4: resume={desk.plan.run}")
+    assert 1600.0 <= desk.group.now < 1605.0
+
+
+def test_a_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:
+    first: list[Line] = [all_ready(3), block(), saved(4), death(2, cause=Cause.node)]
+    desk = elastic(tmp_path, first, room=lambda now: hosts(3 if now < 1001.0 else 1))
+    desk.group.on_sleep = lambda now: desk.stop() if now > 1020.0 else None
+    assert desk.run() is Outcome.stopped
+    assert desk.group.now < 1021.0
+
+
+def test_a_second_stop_ends_the_waiting_as_an_interruption(tmp_path: Path) -> None:
+    desk = elastic(tmp_path, room=lambda now: {})
+    desk.group.on_sleep = lambda now: (desk.stop(), desk.stop())
+    with pytest.raises(Interrupted):
+        desk.run()
+
+
+def test_an_elastic_run_begins_with_what_there_is(tmp_path: Path) -> None:
+    desk = elastic(tmp_path, [*TWO, all_ended(2)], room=lambda now: hosts(2))
+    assert desk.run() is Outcome.completed
+    assert sizes(desk) == [2]
+    assert desk.notices == [
+        "there is room for 2 of 3 workers: training with 2 (strategy.min_workers=2)"
+    ]
+
+
+def test_any_other_run_begins_without_a_look_at_the_room(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, ClusterError("too small"), workers=2)
+    desk.group.room = lambda now: {}
+    assert desk.story(ClusterError) == "too small"
+
+
+def test_a_smaller_attempt_saves_and_makes_way_once_there_is_room_for_a_while(
+    tmp_path: Path,
+) -> None:
+    desk = elastic(
+        tmp_path,
+        [*TWO, *quiet(20), saved(8), *STOPPED],
+        [all_ready(3), [block(0), block(1), block(2)], all_ended(3)],
+        room=lambda now: hosts(2 if now < 1010.0 else 3),
+        recovery__max_restarts=0,
+    )
+    assert desk.run() is Outcome.completed
+    assert sizes(desk) == [2, 3]
+    assert desk.group.requests == [Request.SAVE_AND_STOP]
+    assert desk.began == [(1, None), (2, "step-8")]
+    assert desk.notices[1] == (
+        "there is room for 3 workers: saving, then going on with 3 instead of 2"
+    )
+    assert [r["num_workers"] for r in desk.records if r.get("decision") == "grow"] == [3]
+
+
+def test_room_that_is_soon_gone_again_is_not_used(tmp_path: Path) -> None:
+    desk = elastic(
+        tmp_path,
+        [*TWO, *quiet(30), all_ended(2)],
+        # For 3 s out of every 10.
+        room=lambda now: hosts(3 if now % 10.0 < 3.0 and now > 1001.0 else 2),
+    )
+    assert desk.run() is Outcome.completed
+    assert desk.group.requests == []
+
+
+def test_a_run_grows_when_the_new_host_is_ready(tmp_path: Path) -> None:
+    when: list[float] = []
+    desk = elastic(
+        tmp_path,
+        [*TWO, *quiet(40), *STOPPED],
+        [all_ready(3), all_ended(3)],
+        room=lambda now: hosts(2 if now < 1001.0 else 3),
+    )
+    desk.group.is_ready = lambda now: now > 1025.0
+    notice = desk.notices.append
+    desk.supervisor._notice = lambda text: (when.append(desk.group.now), notice(text))[1]  # type: ignore
+    assert desk.run() is Outcome.completed
+    assert 1025.0 < when[-1] < 1028.0
+
+
+def test_a_stop_of_the_user_wins_over_growing(tmp_path: Path) -> None:
+    desk = elastic(
+        tmp_path,
+        [*TWO, *quiet(20), lambda: desk.stop(), *STOPPED],
+        room=lambda now: hosts(2 if now < 1005.0 else 3),
+    )
+    assert desk.run() is Outcome.stopped
+    assert sizes(desk) == [2]
+
+
+def test_a_run_that_completes_while_it_should_grow_is_complete(tmp_path: Path) -> None:
+    desk = elastic(
+        tmp_path,
+        [*TWO, *quiet(20), all_ended(2)],
+        room=lambda now: hosts(2 if now < 1005.0 else 3),
+    )
+    assert desk.run() is Outcome.completed
+    assert desk.group.requests == [Request.SAVE_AND_STOP]
+
+
+def test_a_stop_by_the_workers_own_clock_is_not_taken_for_growing(tmp_path: Path) -> None:
+    desk = elastic(tmp_path, [*TWO, *quiet(3), *STOPPED], room=lambda now: hosts(2))
+    assert desk.run() is Outcome.stopped
+
+
+def test_a_failure_while_making_way_costs_a_restart_and_the_run_grows_with_it(
+    tmp_path: Path,
+) -> None:
+    desk = elastic(
+        tmp_path,
+        [*TWO, *quiet(20), death(1)],
+        [all_ready(3), all_ended(3)],
+        room=lambda now: hosts(2 if now < 1005.0 else 3),
+    )
+    assert desk.run() is Outcome.completed
+    assert sizes(desk) == [2, 3]
+    assert desk.notices[-1] == "retry 1 of 1 from step 0"
+
+
+def test_growing_costs_no_budget(tmp_path: Path) -> None:
+    third: list[Line] = [all_ready(3), block(), death(2)]
+    desk = elastic(
+        tmp_path,
+        [*TWO, *quiet(20), *STOPPED],
+        third,
+        [all_ready(3), all_ended(3)],
+        room=lambda now: hosts(2 if now < 1005.0 else 3),
+    )
+    assert desk.run() is Outcome.completed
+    assert desk.notices[-1] == "retry 1 of 1 from step 0"
+
+
+def test_a_host_that_fails_twice_at_the_start_is_avoided_and_that_is_said(tmp_path: Path) -> None:
+    error = StartFailed("no process")
+    error.worker = 1
+    desk = Desk(
+        tmp_path,
+        error,
+        error,
+        [[ready(0), ready(1)], [ended(0), ended(1)]],
+        workers=2,
+        recovery__max_start_restarts=3,
+    )
+    desk.group.room = lambda now: hosts(3)
+    desk.group.places = {0: "host-0", 1: "host-1"}
+    assert desk.run() is Outcome.completed
+    assert desk.group.avoided == [frozenset(), frozenset(), frozenset({"host-1"})]
+    assert "not on host-1: it failed twice in a row" in desk.notices[-1]
+
+
+def test_a_node_that_goes_is_left_for_the_others_at_no_cost(tmp_path: Path) -> None:
+    desk = Desk(
+        tmp_path,
+        [[ready(0), ready(1)], block(), draining(1), saved(4), all_ended(2, Outcome.stopped)],
+        [[ready(0), ready(1)], all_ended(2)],
+        workers=2,
+        recovery__max_restarts=0,
+        recovery__max_node_restarts=0,
+    )
+    desk.group.room = lambda now: hosts(3)
+    assert desk.run() is Outcome.completed
+    assert desk.group.requests == [Request.SAVE_AND_STOP]
+    assert desk.began == [(1, None), (2, "step-4")]
+    assert desk.notices == ["host-1 is to be left: saving, then going on elsewhere"]
+
+
+def test_an_elastic_run_leaves_a_node_that_goes_with_fewer_workers(tmp_path: Path) -> None:
+    first: list[Line] = [all_ready(3), block(), draining(2), saved(4)]
+    desk = elastic(
+        tmp_path,
+        [*first, all_ended(3, Outcome.stopped)],
+        [*TWO, all_ended(2)],
+        room=lambda now: hosts(3 if now < 1000.3 else 2),
+    )
+    assert desk.run() is Outcome.completed
+    assert sizes(desk) == [3, 2]
+
+
+def test_a_run_that_can_go_nowhere_else_ends_saved_when_its_node_goes(tmp_path: Path) -> None:
+    script: list[Line] = [[ready(0), ready(1)], block(), draining(1), saved(4)]
+    desk = Desk(tmp_path, [*script, all_ended(2, Outcome.stopped)], workers=2)
+    desk.group.room = lambda now: hosts(1)
+    assert desk.run() is Outcome.stopped
+    assert desk.notices[-1].startswith("there is no room elsewhere: 2 worker(s)")
+    assert desk.group.now < 1005.0

@@ -123,7 +123,7 @@ def test_a_peer_that_is_missing_at_the_start_ends_it_in_time(warm: Zygote, tmp_p
         group,
         plan,
         observe=told.append,
-        began=lambda attempt, path: began.append(time.time()),
+        began=lambda attempt, path, num_workers: began.append(time.time()),
         notice=lambda text: None,
         newest_checkpoint=lambda: None,
     )

@@ -75,7 +75,7 @@ class Training:
             self.group,
             self.plan,
             observe=self._observe,
-            began=lambda attempt, restore_from: None,
+            began=lambda attempt, restore_from, num_workers: None,
             notice=self.said.append,
             newest_checkpoint=Checkpoints(self.plan.paths, read, self.said.append).newest,
         )

@@ -108,6 +108,8 @@ def test_every_other_group_composes(overrides: list[str]) -> None:
         "checkpoint.every_s=null",
         "data.num_eval_examples=0",
         "recovery.max_restarts=0",
+        "recovery.max_restarts=null",
+        "recovery.capacity_timeout_s=0",
         "job.args={}",
         "tracking.uri=http://host:5000",
         "cluster.port_range=1024-65535",
@@ -120,6 +122,15 @@ def test_a_value_at_the_edge_is_accepted(override: str) -> None:
 def test_one_worker_of_multi_worker_is_accepted() -> None:
     config = load_config(["job=mnist", "strategy=multi_worker", "strategy.num_workers=1"])
     assert config.strategy.num_workers == 1
+
+
+def test_fewer_workers_than_one_or_more_than_all_are_no_minimum() -> None:
+    three = ["job=mnist", "strategy=multi_worker", "strategy.num_workers=3"]
+    assert load_config([*three, "strategy.min_workers=3"]).strategy.min_workers == 3
+    text = refusal([*three, "strategy.min_workers=4"])
+    assert "strategy.min_workers=4 is more than strategy.num_workers=3" in text
+    text = refusal(["job=mnist", "strategy=mirrored", "strategy.min_workers=1"])
+    assert "strategy.min_workers=1 with strategy=mirrored" in text
 
 
 @pytest.mark.parametrize("value", ["conf/job/mnist.yaml", "mnist.yaml", "mnist.yml", "mnist"])
@@ -193,6 +204,11 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("checkpoint.keep=0", ("checkpoint.keep=0", "at least 1")),
     ("tracking.log_every_steps=0", ("tracking.log_every_steps=0", "auto", "from 1")),
     ("recovery.max_restarts=1000000", ("recovery.max_restarts=1000000", "at most 1000")),
+    ("recovery.max_node_restarts=-1", ("recovery.max_node_restarts=-1", "at least 0", "null")),
+    ("recovery.backoff_s=-1", ("recovery.backoff_s=-1", "at least 0")),
+    ("recovery.capacity_timeout_s=inf", ("recovery.capacity_timeout_s=inf", "at least 0")),
+    ("recovery.start_patience_s=0", ("recovery.start_patience_s=0", "greater than 0")),
+    ("strategy.min_workers=0", ("strategy.min_workers=0", "at least 1")),
     ("cluster.driver_silence_s=1", ("cluster.driver_silence_s=1", "at least 3")),
     ("cluster.agent_silence_s=2", ("cluster.agent_silence_s=2", "at least 3")),
     ("cluster.port_range=1-2", ("cluster.port_range=1-2", "FIRST-LAST", "1024-65535")),
@@ -200,6 +216,15 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     # Relations between keys.
     ("train.epochs=null", ("train.epochs", "train.steps", "set one")),
     ("recovery.step_patience_s=2", ("recovery.step_patience_s=2", "three beacons", "at least 3")),
+    (
+        "recovery.backoff_s=0",
+        ("recovery.max_preemptions=null", "recovery.backoff_s=0", "restarts without limit"),
+    ),
+    (
+        "recovery.backoff_s=61",
+        ("recovery.max_backoff_s=60", "longest pause", "recovery.backoff_s=61"),
+    ),
+    ("strategy.min_workers=1", ("strategy.min_workers=1", "strategy=mirrored", "multi_worker")),
     ("strategy.num_workers=2", ("strategy.num_workers=2", "mirrored", "strategy=multi_worker")),
     ("cluster.address=head:6379", ("cluster.address=head:6379", "cluster=existing")),
     ("optimizer.momentum=0.9", ("optimizer.momentum=0.9", "adam has no momentum", "beta_1")),

@@ -346,3 +346,44 @@ def test_a_part_of_an_epoch_is_taken_as_it_is_written() -> None:
 def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     text = plan_refusal(CPU_HOST, train__steps=None, train__epochs=1.0, schedule__warmup_steps=99)
     assert "schedule.warmup_steps=99" in text and "6 steps" in text
+
+
+def test_fewer_workers_change_neither_the_batch_nor_what_a_worker_takes() -> None:
+    config = tiny_config(
+        strategy__name=StrategyName.multi_worker,
+        strategy__num_workers=3,
+        strategy__min_workers=2,
+        cluster__cpus_per_worker=None,
+    )
+    host = Host(num_cpus=12, num_gpus=0)
+    whole, part = (
+        make_plan(config, run="run", host=host, cwd=Path("/"), num_workers=number)
+        for number in (None, 2)
+    )
+    assert (whole.num_workers, part.num_workers) == (3, 2)
+    assert (whole.replica_batch_sizes, part.replica_batch_sizes) == ((6, 5, 5), (8, 8))
+    assert (whole.total_steps, whole.steps_per_epoch) == (part.total_steps, part.steps_per_epoch)
+    assert whole.cpus_per_worker == part.cpus_per_worker == 4
+    assert whole.paths == part.paths
+
+
+def test_workers_of_a_local_cluster_keep_their_gpus_when_there_are_fewer() -> None:
+    config = tiny_config(
+        strategy__name=StrategyName.multi_worker,
+        strategy__num_workers=4,
+        strategy__devices_per_worker="auto",
+    )
+    host = Host(num_cpus=8, num_gpus=8)
+    plan = make_plan(config, run="run", host=host, cwd=Path("/"), num_workers=2)
+    assert plan.devices_per_worker == 2
+
+
+def test_an_elastic_plan_says_how_few_workers_it_may_have(tmp_path: Path) -> None:
+    plan = tiny_plan(
+        tmp_path,
+        strategy__name=StrategyName.multi_worker,
+        strategy__num_workers=3,
+        strategy__min_workers=2,
+    )
+    assert "3 workers x 1 CPU = 3 replicas, multi_worker" in describe(plan)
+    assert "at least 2 workers" in describe(plan)

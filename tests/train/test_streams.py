@@ -323,7 +323,7 @@ def test_two_worker_processes_that_stop_and_resume_match_those_that_did_not(
             ProcessGroup(zygote=zygote.socket_path, ports=(21000, 21200)),
             plan,
             observe=told.append,
-            began=lambda number, path: None,
+            began=lambda number, path, num_workers: None,
             notice=lambda text: None,
             newest_checkpoint=lambda: found or None,
             first_attempt=1 if restore_from is None else 2,
