@@ -10,9 +10,8 @@ from __future__ import annotations
 import random
 import secrets
 import shutil
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,8 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.track.journal import read
 
-PROGRAM = (sys.executable, "-m", "orchestrator")
+MakeCommand = Callable[[Sequence[str], Path, Path], Command]
+
 # What a job of many faults needs in place of its own; the command line goes before it.
 _DEFAULTS = (
     "strategy=multi_worker",
@@ -57,7 +57,7 @@ def chaos(
     overrides: list[str],
     config_dir: Path | None,
     cwd: Path,
-    program: Sequence[str] = PROGRAM,
+    make_command: MakeCommand = Command,
 ) -> ExitCode:
     """Compare a job under faults with the same job left alone.
 
@@ -65,7 +65,7 @@ def chaos(
         overrides: as typed.
         config_dir: the user's own configuration and modules.
         cwd: what relative paths are relative to.
-        program: the command under test.
+        make_command: makes the command under test of its arguments, its folder and its log.
 
     Returns:
         DONE if nothing differs, else DIFFERENCE.
@@ -86,7 +86,7 @@ def chaos(
     if config.train.steps is not None and "train.steps" in map(key_of, overrides):
         steps = config.train.steps
     arguments = merge_overrides(arguments, ["train.epochs=null", f"train.steps={steps}"])
-    trial = _Trial(config, arguments, steps, cwd, folder, program)
+    trial = _Trial(config, arguments, steps, cwd, folder, make_command)
     _tell(config, overrides, faults, steps)
     undisturbed = trial.undisturbed()
     rows, differences = trial.disturbed(faults, undisturbed)
@@ -154,7 +154,7 @@ class _Trial:
     steps: int
     cwd: Path
     folder: Path
-    program: Sequence[str]
+    make_command: MakeCommand
 
     def undisturbed(self) -> Left:
         """Make the run that nobody disturbs."""
@@ -198,7 +198,7 @@ class _Trial:
         if server is not None:
             arguments.append(f"tracking.uri={server.uri}")
             database = server.database
-        command = Command(self.program, arguments, self.cwd, self.folder / f"{name}.log")
+        command = self.make_command(arguments, self.cwd, self.folder / f"{name}.log")
         stack.callback(command.close)
         scene = Scene(
             watch=Watch(paths.journal),

@@ -26,18 +26,16 @@ _POLL_S = 0.05
 class Command:
     """Starts the train command again and again, each time in a session of its own."""
 
-    def __init__(self, program: Sequence[str], arguments: Sequence[str], cwd: Path, log: Path):
+    def __init__(self, arguments: Sequence[str], cwd: Path, log: Path):
         """Start nothing yet.
 
         Args:
-            program: what `orchestrator` is, such as `python -m orchestrator`.
             arguments: of the train command, as typed.
             cwd: what relative paths are relative to.
             log: takes what the commands print, one after the other.
         """
-        self._program = list(program)
-        self._arguments = list(arguments)
-        self._cwd = cwd
+        self.arguments = list(arguments)
+        self.cwd = cwd
         self.log = log
         self._mark = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,8 +50,8 @@ class Command:
         }
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*self._program, "train", *self._arguments, *more],
-                cwd=self._cwd,
+                [sys.executable, "-m", "orchestrator", "train", *self.arguments, *more],
+                cwd=self.cwd,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -43,6 +44,7 @@ class Scene:
         every_steps: between checkpoints.
         moment: Unix seconds at which the fault struck; the last time, if it strikes twice.
         struck: processes that the fault is about.
+        group: the workers of the attempt that it struck.
         notes: figures to tell beside the times.
     """
 
@@ -54,6 +56,7 @@ class Scene:
     server: Server | None = None
     moment: float = 0.0
     struck: list[Process] = field(default_factory=list)
+    group: list[Process] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -61,8 +64,13 @@ class Scene:
         """A worker that is not the chief, if there is one."""
         return min(1, self.num_workers - 1)
 
+    def aim(self) -> None:
+        """Take the workers of the present attempt for those that the fault is about."""
+        self.group = [Process.of(pid) for pid in self.watch.pids.values()]
+
     def signal(self, number: int, *workers: int) -> None:
         """Send a signal to workers, one right after the other."""
+        self.aim()
         pids = [self.watch.pids[worker] for worker in workers]
         self.struck += [Process.of(pid) for pid in pids]
         self.moment = time.time()
@@ -87,6 +95,12 @@ class Scene:
         return condition()
 
 
+def _all_gone(scene: Scene) -> str:
+    """Say which processes outlive the attempt that was struck."""
+    alive = [process.pid for process in scene.group if process.is_alive]
+    return f"processes of the old attempt still live: {alive}" if alive else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A fault.
@@ -106,7 +120,7 @@ class Fault:
     inject: Callable[[Scene], None]
     ends: Ends = Ends.restart
     codes: tuple[int, ...] = ()
-    after: Callable[[Scene], str] = lambda scene: ""
+    after: Callable[[Scene], str] = _all_gone
     promised_s: float | None = None
     num_steps: int = 40
     lost_intervals: int = 2
@@ -141,26 +155,31 @@ def _damage_checkpoint(scene: Scene) -> None:
 
 
 def _stop_in_save(scene: Scene) -> None:
+    """Stop a chief that writes a checkpoint, and that does nothing else when it is woken."""
     scene.ask("hold-save")
+    scene.ask("sleep-0")
     scene.signal(signal.SIGSTOP, 0)
 
 
 def _let_stale_chief_go(scene: Scene) -> str:
     """Wake the stopped chief of the old attempt: it must commit nothing, and be gone."""
-    stale = scene.struck[-1]
-    before = {path: path.stat().st_ctime for path in _checkpoints(scene)}
-    old = scene.watch.attempt - 1
+    stale, old = scene.struck[-1], scene.watch.attempt - 1
+    before = {path: _inode(path) for path in _checkpoints(scene)}
     (scene.paths.chaos_dir / "release-save").touch()
     if stale.is_alive:
         os.kill(stale.pid, signal.SIGCONT)
-    if not scene.watch.until(lambda: not stale.is_alive, _EXIT_S):
-        return f"the chief of attempt {old} still lives {_EXIT_S:g} s after it was woken"
-    stolen = [
-        path.name
-        for path in _checkpoints(scene)
-        if before.get(path) != path.stat().st_ctime and _attempt_of(path) <= old
-    ]
-    return f"attempt {old} committed {', '.join(stolen)} after it was over" if stolen else ""
+    stolen: set[str] = set()
+
+    def is_gone() -> bool:
+        for path in _checkpoints(scene):  # it may be pruned in a moment
+            if _attempt_of(path) <= old and before.get(path) != _inode(path):
+                stolen.add(path.name)
+        return not stale.is_alive
+
+    in_time = scene.watch.until(is_gone, _EXIT_S)
+    if stolen:
+        return f"attempt {old} committed {', '.join(sorted(stolen))} after it was over"
+    return "" if in_time else f"the chief of attempt {old} outlived it by {_EXIT_S:g} s"
 
 
 def _stall_input(scene: Scene) -> None:
@@ -173,7 +192,6 @@ def _hold_gil(scene: Scene) -> None:
 
 def _signal_driver(number: int) -> Callable[[Scene], None]:
     def inject(scene: Scene) -> None:
-        scene.struck += [Process.of(pid) for pid in scene.watch.pids.values()]
         scene.moment = time.time()
         scene.command.send(number)
 
@@ -202,12 +220,9 @@ def _fill_disk(scene: Scene) -> None:
     if chief.is_alive:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (before, hard))
     freed = scene.watch.step
-    scene.until(lambda: scene.watch.saved > freed or scene.watch.attempt != attempt)
-
-
-def _has_saved_again(scene: Scene) -> str:
-    search = store.newest_valid(scene.paths.checkpoints_dir)
-    return "the newest checkpoint is damaged" if search.damaged else ""
+    saved = scene.until(lambda: scene.watch.saved > freed or scene.watch.attempt != attempt)
+    if saved and scene.watch.attempt == attempt:
+        scene.notes.append(f"saved again {scene.watch.saved - freed} steps after")
 
 
 def _take_tracking_down(scene: Scene) -> None:
@@ -228,11 +243,19 @@ def _checkpoints(scene: Scene) -> list[Path]:
     return store.list_checkpoints(scene.paths.checkpoints_dir)
 
 
-def _attempt_of(path: Path) -> int:
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _attempt_of(path: Path) -> float:
+    """Return the attempt that wrote a checkpoint; infinite if it is gone meanwhile."""
     try:
         return int(store.read_manifest(path)["attempt"])
     except (ValueError, KeyError):
-        return 0
+        return math.inf
 
 
 def _largest_file(folder: Path) -> Path:
@@ -287,7 +310,7 @@ _FAULTS = (
         FaultName.disk_full,
         _fill_disk,
         Ends.nothing,
-        after=_has_saved_again,
+        after=lambda scene: "",
         num_steps=160,
         lost_intervals=0,
     ),
@@ -295,6 +318,7 @@ _FAULTS = (
         FaultName.tracking_down,
         _take_tracking_down,
         Ends.nothing,
+        after=lambda scene: "",
         num_steps=400,
         lost_intervals=0,
     ),

@@ -15,6 +15,8 @@ _SETTLE_S = 180.0
 # The longest patience that a stalled worker may enjoy, and the start that follows.
 _OUTCOME_S = 240.0
 _EXIT_S = 60.0
+# Training that goes on for so many intervals between checkpoints has not noticed the fault.
+_IGNORED_INTERVALS = 5
 # Steps of one interval between checkpoints that a fault is spread over.
 _SPREAD = 20
 
@@ -97,9 +99,10 @@ class Storm:
         scene, watch = self._scene, self._scene.watch
         if self._is_over or not self._settle():
             self._is_over = self._is_over or f"the run was not ready for {fault.name.value}"
-            row.not_run = self._is_over
+            row.not_run = "the run was over"
             return row
         scene.struck, scene.notes = [], []
+        scene.aim()
         row.step = watch.step
         scene.paths.chaos_dir.mkdir(exist_ok=True)
         try:
@@ -141,24 +144,30 @@ class Storm:
                     self._go_on(row, self._exit())
 
     def _see_restart(self, row: Row) -> None:
-        watch, moment = self._scene.watch, self._scene.moment
-        old, group = watch.attempt, [Process.of(pid) for pid in watch.pids.values()]
+        scene, watch, moment = self._scene, self._scene.watch, self._scene.moment
+        old, group = watch.attempt, scene.group
 
         def seen() -> bool:
             self._note(row, old, group)
-            return watch.attempt > old and watch.is_stepping
+            return (watch.attempt > old and watch.is_stepping) or self._is_ignored(row, old)
 
-        if not self._scene.until(seen, _OUTCOME_S):
-            if self._scene.command.code is not None:
+        if not scene.until(seen, _OUTCOME_S):
+            if scene.command.code is not None:
                 self._go_on(row, self._exit())
             else:
                 row.trouble = self._is_over = f"it did not restart, {self._where()}"
             return
+        if watch.attempt == old:
+            row.trouble = f"nothing came of it, {self._where()}"
+            return
         row.resumed_s = time.time() - moment
         row.steps_lost = watch.done[old] - watch.began_at
-        alive = [process.pid for process in group if process.is_alive]
-        if alive:
-            row.trouble = f"attempt {old} still has processes: {alive}"
+
+    def _is_ignored(self, row: Row, attempt: int) -> bool:
+        """Tell whether the attempt goes on as if nothing had happened."""
+        watch = self._scene.watch
+        is_far = watch.step >= row.step + _IGNORED_INTERVALS * self._scene.every_steps
+        return watch.attempt == attempt and is_far
 
     def _note(self, row: Row, old: int, group: Sequence[Process]) -> None:
         """Note the moment at which each thing is true for the first time."""
@@ -170,16 +179,18 @@ class Storm:
 
     def _see_resume(self, row: Row) -> None:
         scene, watch = self._scene, self._scene.watch
-        old, group = watch.attempt, [Process.of(pid) for pid in watch.pids.values()]
+        old, group = watch.attempt, scene.group
 
         def ended() -> bool:
             self._note(row, old, group)
-            return scene.command.code is not None and row.fenced_s is not None
+            is_over = scene.command.code is not None and row.fenced_s is not None
+            return is_over or self._is_ignored(row, old)
 
-        watch.until(ended, _EXIT_S)
+        in_time = watch.until(ended, _EXIT_S)
         code = scene.command.code
         if code is None:
-            row.trouble = self._is_over = f"the command did not end within {_EXIT_S:g} s"
+            row.trouble = f"nothing came of it, {self._where()}"
+            self._is_over = "" if in_time else f"the command did not end within {_EXIT_S:g} s"
             return
         if row.fenced_s is None:
             row.trouble = "workers outlive the command"

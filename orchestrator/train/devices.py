@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import time
+from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
@@ -121,12 +124,27 @@ def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Stra
     _shorten_heartbeat(plan.num_workers)
     # AUTO never selects NCCL in TensorFlow 2.
     implementation = tf.distribute.experimental.CommunicationImplementation
-    return tf.distribute.MultiWorkerMirroredStrategy(
-        communication_options=tf.distribute.experimental.CommunicationOptions(
-            implementation=implementation.NCCL if on_gpu else implementation.RING,
-            bytes_per_pack=plan.config.strategy.bytes_per_pack or 0,
+    with _own_sigterm():
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            communication_options=tf.distribute.experimental.CommunicationOptions(
+                implementation=implementation.NCCL if on_gpu else implementation.RING,
+                bytes_per_pack=plan.config.strategy.bytes_per_pack or 0,
+            )
         )
-    )
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM.
+
+    The coordination service of TensorFlow 2.21 takes the signal for a notifier of its own
+    (tsl/distributed_runtime/preemption/preemption_notifier.cc), in C++: Python still shows the
+    handler that is no longer called.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _await_chief(order: WorkerOrder) -> None:
