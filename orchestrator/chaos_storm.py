@@ -103,7 +103,7 @@ class Storm:
             return row
         scene.struck, scene.notes = [], []
         scene.aim()
-        row.step = watch.step
+        row.step, attempt = watch.step, watch.attempt
         scene.paths.chaos_dir.mkdir(exist_ok=True)
         try:
             fault.inject(scene)
@@ -112,7 +112,7 @@ class Storm:
             return row
         except ProcessLookupError as error:
             row.trouble = f"a process was gone before it was struck: {error}"
-        self._see(row)
+        self._see(row, attempt)
         if not row.trouble:
             row.trouble = fault.after(scene) or self._too_much_lost(row)
         row.note = ", ".join(scene.notes)
@@ -132,8 +132,8 @@ class Storm:
         target = watch.step + self._random.randrange(_SPREAD)
         return ready and scene.until(lambda: watch.step >= target, _SETTLE_S)
 
-    def _see(self, row: Row) -> None:
-        """Wait for what must come of the fault."""
+    def _see(self, row: Row, attempt: int) -> None:
+        """Wait for what must come of a fault that struck in this attempt."""
         match row.fault.ends:
             case Ends.restart:
                 self._see_restart(row)
@@ -142,6 +142,8 @@ class Storm:
             case Ends.nothing:
                 if self._scene.command.code is not None:
                     self._go_on(row, self._exit())
+                elif self._scene.watch.attempt != attempt:
+                    row.trouble = f"the group restarted, {self._where()}"
 
     def _see_restart(self, row: Row) -> None:
         scene, watch, moment = self._scene, self._scene.watch, self._scene.moment
