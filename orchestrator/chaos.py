@@ -241,7 +241,8 @@ def _conclude(certificate: Certificate, config: RunConfig, cwd: Path, folder: Pa
     for difference in certificate.differences:
         where = f", from step {difference.step:,} on" if difference.step is not None else ""
         print(f"{difference.text}{where}")
-    print(f"{certificate.num_bad} of {count} faults changed something, {certificate.wall_s:.0f} s")
+    bad, found = certificate.num_bad, len(certificate.differences)
+    print(f"{bad} of {count} faults failed, {found} differences, {certificate.wall_s:.0f} s")
     print(f"runs and logs: {folder}")
     return ExitCode.DIFFERENCE
 

@@ -131,7 +131,7 @@ class Server:
         """What it writes into."""
         return self._folder / "mlflow.db"
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
         """Start it, also after `stop`, at the same address."""
         command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", "--workers=1"]
         command += [f"--port={self._port}", f"--backend-store-uri=sqlite:///{self.database}"]
@@ -145,7 +145,8 @@ class Server:
             self._process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=env, start_new_session=True
             )
-        self._await()
+        if wait:
+            self._await()
 
     def stop(self) -> None:
         """Kill it with its workers."""

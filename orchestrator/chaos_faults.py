@@ -232,7 +232,7 @@ def _take_tracking_down(scene: Scene) -> None:
     scene.moment = time.time()
     scene.server.stop()
     scene.until(lambda: scene.watch.step >= until)
-    scene.server.start()
+    scene.server.start(wait=False)  # training does not wait for it either
 
 
 def _nothing(scene: Scene) -> None:
@@ -319,7 +319,7 @@ _FAULTS = (
         _take_tracking_down,
         Ends.nothing,
         after=lambda scene: "",
-        num_steps=400,
+        num_steps=140,
         lost_intervals=0,
     ),
     Fault(FaultName.node_loss, _nothing, not_here=_NEEDS_NODES),

@@ -24,10 +24,16 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What differs, and from which step on; None where that cannot be told."""
+    """What differs.
+
+    Attributes:
+        step: from which step on; None where that cannot be told.
+        is_of_all: whether any fault may be to blame, where there is no step.
+    """
 
     text: str
     step: int | None = None
+    is_of_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +131,7 @@ def _weights(undisturbed: RunPaths, disturbed: RunPaths, total_steps: int) -> li
         return [Difference(f"weights: no valid checkpoint of step {total_steps}")]
     if sums[0] == sums[1]:
         return []
-    return [Difference("weights: the final checkpoints have another SHA-256")]
+    return [Difference("weights: the final checkpoints have another SHA-256", is_of_all=True)]
 
 
 def _final_sum(checkpoints_dir: Path, step: int) -> list[str] | None:

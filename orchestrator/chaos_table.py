@@ -73,10 +73,11 @@ class Certificate:
         """Tell whether a difference begins with a fault: the last one before its first step."""
         if row.not_run:
             return False
-        for difference in self.differences:
-            if difference.step is None:
-                return True
-            before = [r for r in self._run if r.step < difference.step]
+        steps = [d.step for d in self.differences if d.step is not None]
+        if not steps:
+            return any(difference.is_of_all for difference in self.differences)
+        for step in steps:
+            before = [r for r in self._run if r.step < step]
             if row is (before[-1] if before else self._run[0]):
                 return True
         return False

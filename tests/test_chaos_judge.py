@@ -148,9 +148,11 @@ def test_a_difference_is_laid_at_the_fault_before_it(tmp_path: Path) -> None:
     assert said == ["the same", "the same, but seen late: 5 s are promised", "not run: one node"]
     late = certificate(Difference("losses differ", 80))
     assert [late.verdict(row) for row in late.rows][:2] == ["the same", "DIFFERS"]
-    unknown = certificate(Difference("weights differ"))
+    unknown = certificate(Difference("weights differ", is_of_all=True))
     assert [unknown.verdict(row) for row in unknown.rows][:2] == ["DIFFERS", "DIFFERS"]
     assert not late.is_clean and (late.num_bad, unknown.num_bad) == (1, 2)
+    litter = certificate(Difference("left behind"))
+    assert not litter.is_clean and litter.num_bad == 0
     assert lines(clean)[1].split() == ["kill", "30", "0.04", "0.10", "1.23", "10", "the", "same"]
 
 
