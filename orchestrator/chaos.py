@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 import secrets
 import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -215,7 +217,9 @@ def _tell(config: RunConfig, overrides: list[str], faults: Sequence[Fault], step
     count = sum(not fault.not_here for fault in faults)
     print(f"chaos {config.job.name}: {count} faults in {steps:,} steps, seed {config.chaos.seed}")
     defaults = [line for line in _with_defaults(overrides) if line not in overrides]
-    print(f"in place of what the job says: {' '.join(defaults)}", flush=True)
+    print("in place of what the job says:")
+    print(textwrap.fill(" ".join(defaults), 98, initial_indent="  ", subsequent_indent="  "))
+    sys.stdout.flush()
 
 
 def _tell_row(row: Row) -> None:
