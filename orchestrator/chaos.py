@@ -24,7 +24,7 @@ from orchestrator.chaos_judge import Difference, Left, judge
 from orchestrator.chaos_storm import Row, Storm
 from orchestrator.chaos_table import Certificate, lines, write_report
 from orchestrator.chaos_watch import Watch
-from orchestrator.errors import ClusterError, ConfigError, ExitCode
+from orchestrator.errors import ConfigError, ExitCode, OrchestratorError
 from orchestrator.runs import merge_overrides
 from orchestrator.spec.chaos import FaultName
 from orchestrator.spec.config import load_config
@@ -166,10 +166,7 @@ class _Trial:
             scene.command.start("run_name=undisturbed")
             scene.watch.until(lambda: scene.command.code is not None, _UNDISTURBED_S)
             if scene.command.code != 0:
-                raise ClusterError(
-                    f"the undisturbed run ended with exit code {scene.command.code}: "
-                    f"{scene.command.last_words()}; see {scene.command.log}"
-                )
+                raise _failed(scene.command)
             print(
                 f"undisturbed: {self.steps:,} steps, {time.monotonic() - start:.0f} s", flush=True
             )
@@ -211,6 +208,16 @@ class _Trial:
             server=server,
         )
         return scene, Left(paths, database)
+
+
+def _failed(command: Command) -> OrchestratorError:
+    """Return the undisturbed run's own error, with its exit code."""
+    code = command.code
+    why = "did not end" if code is None else f"ended with exit code {code}"
+    error = OrchestratorError(f"{command.tail()}\nthe undisturbed run {why}; see {command.log}")
+    known = code is not None and code in list(ExitCode)
+    error.exit_code = ExitCode(code) if known else ExitCode.CLUSTER_FAILED
+    return error
 
 
 def _tell(config: RunConfig, overrides: list[str], faults: Sequence[Fault], steps: int) -> None:

@@ -72,9 +72,13 @@ class Command:
 
     def last_words(self) -> str:
         """Return the last line that was printed but for the exit code's."""
+        return self.tail(1)
+
+    def tail(self, num_lines: int = 12) -> str:
+        """Return the last lines that were printed but for the exit code's."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         told = [line for line in lines if line.strip() and not line.startswith("exit code")]
-        return told[-1] if told else ""
+        return "\n".join(told[-num_lines:])
 
     def leftovers(self, patience_s: float) -> list[str]:
         """Return the processes of this run that still live after a while, and end them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.chaos_command import Command
@@ -88,8 +87,8 @@ class Here(Command):
     def code(self) -> int | None:
         return self.ended
 
-    def last_words(self) -> str:
-        return self.told[-1] if self.told else ""
+    def tail(self, num_lines: int = 12) -> str:
+        return "\n".join(self.told[-num_lines:])
 
     def leftovers(self, patience_s: float) -> list[str]:
         return []
@@ -129,8 +128,3 @@ class _CutOffGroup(ProcessGroup):
 def planted(kind: type[Here], zygote: Zygote) -> type[Here]:
     """Return a command of that kind whose workers are forked from a zygote."""
     return type(kind.__name__, (kind,), {"zygote": zygote})
-
-
-def make(kind: type[Here], arguments: Sequence[str], cwd: Path, log: Path) -> Here:
-    """Make a command; for the type checker."""
-    return kind(arguments, cwd, log)
