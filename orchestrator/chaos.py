@@ -215,8 +215,9 @@ def _failed(command: Command) -> OrchestratorError:
     code = command.code
     why = "did not end" if code is None else f"ended with exit code {code}"
     error = OrchestratorError(f"{command.tail()}\nthe undisturbed run {why}; see {command.log}")
-    known = code is not None and code in list(ExitCode)
-    error.exit_code = ExitCode(code) if known else ExitCode.CLUSTER_FAILED
+    error.exit_code = ExitCode.CLUSTER_FAILED
+    if code is not None and code in list(ExitCode):
+        error.exit_code = ExitCode(code)
     return error
 
 
