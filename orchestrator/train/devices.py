@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import keras
 import tensorflow as tf
@@ -124,7 +125,7 @@ def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Stra
     _shorten_heartbeat(plan.num_workers)
     # AUTO never selects NCCL in TensorFlow 2.
     implementation = tf.distribute.experimental.CommunicationImplementation
-    with _own_sigterm():
+    with _sigterm_kept():
         return tf.distribute.MultiWorkerMirroredStrategy(
             communication_options=tf.distribute.experimental.CommunicationOptions(
                 implementation=implementation.NCCL if on_gpu else implementation.RING,
@@ -133,18 +134,18 @@ def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Stra
         )
 
 
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep this process's answer to SIGTERM.
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Put our handler of SIGTERM back: TensorFlow's server takes the signal and tells nobody.
 
-    The coordination service of TensorFlow 2.21 takes the signal for a notifier of its own
-    (tsl/distributed_runtime/preemption/preemption_notifier.cc), in C++: Python still shows the
-    handler that is no longer called.
+    (TensorFlow 2.21, core/distributed_runtime/preemption/preemption_notifier.cc.)
     """
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler):
-        signal.signal(signal.SIGTERM, handler)
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, kept)
 
 
 def _await_chief(order: WorkerOrder) -> None:
