@@ -207,7 +207,7 @@ class _Trial:
             every_steps=self.config.checkpoint.every_steps or self.steps,
             server=server,
         )
-        return scene, Left(paths, database)
+        return scene, Left(paths, database if command.has_record else None)
 
 
 def _failed(command: Command) -> OrchestratorError:

@@ -24,7 +24,13 @@ _POLL_S = 0.05
 
 
 class Command:
-    """Starts the train command again and again, each time in a session of its own."""
+    """Starts the train command again and again, each time in a session of its own.
+
+    Attributes:
+        has_record: whether it writes to MLflow.
+    """
+
+    has_record = True
 
     def __init__(self, arguments: Sequence[str], cwd: Path, log: Path):
         """Start nothing yet.

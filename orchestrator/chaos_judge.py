@@ -38,10 +38,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What a run left: its folder, and the database that MLflow has of it."""
+    """What a run left: its folder, and MLflow's database, which holds that run alone.
+
+    Attributes:
+        database: None if the run was made without MLflow.
+    """
 
     paths: RunPaths
-    database: Path
+    database: Path | None
 
 
 def judge(undisturbed: Left, disturbed: Left, total_steps: int) -> list[Difference]:
@@ -55,7 +59,7 @@ def judge(undisturbed: Left, disturbed: Left, total_steps: int) -> list[Differen
         *_examples(one, other, total_steps),
         *_late_words(records),
         *_weights(undisturbed.paths, disturbed.paths, total_steps),
-        *_history(history(undisturbed.database), history(disturbed.database)),
+        *_record(undisturbed.database, disturbed.database),
         *_litter(disturbed.paths),
     ]
 
@@ -66,15 +70,17 @@ def history(database: Path) -> dict[tuple[str, int], list[float]]:
     The table itself is read, not the client's answer: a point that is stored twice shows.
     """
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
-    if not database.exists():
-        return found
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        for key, step, value, is_nan in connection.execute(
-            "select key, step, value, is_nan from metrics"
-        ):
-            if key.startswith(_BY_STEP):
-                found[key, step].append(float("nan") if is_nan else value)
+    for key, step, value, is_nan in _rows(database, "select key, step, value, is_nan from metrics"):
+        if key.startswith(_BY_STEP):
+            found[key, step].append(float("nan") if is_nan else value)
     return found
+
+
+def _rows(database: Path, query: str) -> list[tuple[Any, ...]]:
+    if not database.exists():
+        return []
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return connection.execute(query).fetchall()
 
 
 def _status(run: Lineage) -> list[Difference]:
@@ -142,6 +148,20 @@ def _final_sum(checkpoints_dir: Path, step: int) -> list[str] | None:
     except (OSError, ValueError):
         return None
     return [entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(_BUNDLE)]
+
+
+def _record(undisturbed: Path | None, disturbed: Path | None) -> list[Difference]:
+    if undisturbed is None or disturbed is None:
+        return []
+    one = history(undisturbed)
+    if not one:
+        return [Difference(f"MLflow: the undisturbed run has no points in {undisturbed}")]
+    found = _history(one, history(disturbed))
+    states = [status for (status,) in _rows(disturbed, "select status from runs")]
+    if states != ["FINISHED"]:
+        shown = ", ".join(states) or "none"
+        found.append(Difference(f"MLflow: one run that is FINISHED is wanted, there are: {shown}"))
+    return found
 
 
 def _history(

@@ -32,6 +32,7 @@ class Run:
     points: list[tuple[str, float, int]] = field(default_factory=list)
     weights: bytes = b"weights"
     litter: str = ""
+    states: tuple[str, ...] = ("FINISHED",)
 
     def write(self, folder: Path) -> Left:
         paths = RunPaths(folder / "run")
@@ -48,6 +49,8 @@ class Run:
         database = folder / "mlflow.db"
         with closing(sqlite3.connect(database)) as connection, connection:
             connection.execute("create table metrics (key, value, step, is_nan)")
+            connection.execute("create table runs (status)")
+            connection.executemany("insert into runs values (?)", [(s,) for s in self.states])
             for key, value, step in self.points:
                 connection.execute("insert into metrics values (?, ?, ?, 0)", (key, value, step))
         return Left(paths, database)
@@ -120,6 +123,8 @@ def _change(index: int, **values: Any) -> Callable[[Run], None]:
         (lambda run: run.points.pop(0), "1 points are lost: train/loss at 2", 2),
         (lambda run: run.points.append(("eval/loss", 1.0, 3)), "have no counterpart", 3),
         (lambda run: run.points.__setitem__(1, ("train/loss", 0.4, 4)), "another value", 4),
+        (lambda run: setattr(run, "states", ("FINISHED", "RUNNING")), "FINISHED, RUNNING", None),
+        (lambda run: setattr(run, "states", ("KILLED",)), "there are: KILLED", None),
         (lambda run: setattr(run, "litter", ".attempt-1"), "checkpoints/.attempt-1", None),
     ],
 )

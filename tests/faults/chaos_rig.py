@@ -26,6 +26,7 @@ class Here(Command):
     """Trains with real worker processes and a real journal; nothing goes to MLflow."""
 
     zygote: Zygote
+    has_record = False
 
     def start(self, *more: str) -> None:
         given = [text for text in self.arguments if not text.startswith("--")]
