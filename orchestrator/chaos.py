@@ -44,7 +44,6 @@ _DEFAULTS = (
     "train.eval_every_steps=100",
     "checkpoint.every_steps=20",
     "checkpoint.every_s=null",
-    "recovery.step_patience_s=10",
     "tracking.log_every_steps=10",
     "export.enabled=false",
     "chaos.step_ms=20",
