@@ -23,7 +23,7 @@ job = $(if $(conf),job=$(call quote,$(conf)))
 stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
     [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
 
-.PHONY: help setup train plan config verify ui submit test bench lint types lock clean FORCE
+.PHONY: help setup train plan config verify chaos ui submit test bench lint types lock clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## Print these lines
@@ -43,6 +43,9 @@ config: .venv/.stamp-$(device) ## Print the resolved configuration of a job: con
 
 verify: .venv/.stamp-$(device) ## Prove that N workers compute what one computes: conf=mnist
 	$(orchestrator) verify $(job) $(args)
+
+chaos: .venv/.stamp-$(device) ## Prove that failures change nothing: conf=mnist args="chaos.full=true"
+	$(orchestrator) chaos $(job) $(args)
 
 ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface
 	$(orchestrator) ui $(args)

@@ -17,13 +17,14 @@ _VERBS = {
     "plan": "print what a run would do, without starting anything",
     "config": "print the resolved configuration",
     "verify": "prove that replicas, workers and micro-batches compute what one device computes",
+    "chaos": "prove that a run under faults leaves what an undisturbed one leaves",
     "submit": "run train on a Ray cluster: submit job=mnist cluster.address=http://head:8265 ...",
     "runs": "runs list; runs compare RUN RUN: what differs; runs sync RUN: MLflow once more",
     "weights": "turn a checkpoint into Keras's weights and back: weights RUN to=FILE.weights.h5",
     "ui": "open the MLflow UI",
 }
 _MEANING = {
-    ExitCode.DIFFERENCE: "verify found a difference",
+    ExitCode.DIFFERENCE: "a difference was found",
     ExitCode.REFUSED: "configuration or plan refused",
     ExitCode.JOB_FAILED: "the job's own code or data failed",
     ExitCode.NOTHING_TO_RESTORE: "no valid checkpoint to resume from",
@@ -78,6 +79,7 @@ def _run(verb: str, rest: list[str]) -> int:
         "plan": _plan,
         "config": _config,
         "verify": _verify,
+        "chaos": _chaos,
         "submit": _submit,
         "runs": _runs,
         "weights": _weights,
@@ -142,7 +144,17 @@ def _config(overrides: list[str], config_dir: Path | None) -> int:
 def _verify(overrides: list[str], config_dir: Path | None) -> int:
     from orchestrator.verify import verify
 
-    code = verify(overrides, config_dir, Path.cwd())
+    return _found(verify(overrides, config_dir, Path.cwd()))
+
+
+def _chaos(overrides: list[str], config_dir: Path | None) -> int:
+    from orchestrator.chaos import chaos
+
+    return _found(chaos(overrides, config_dir, Path.cwd()))
+
+
+def _found(code: ExitCode) -> int:
+    """Name the exit code of a command that has told its findings itself."""
     if code is not ExitCode.DONE:
         print(f"exit code {code:d}: {_MEANING[code]}", file=sys.stderr)
     return int(code)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.spec import schema as s
+from orchestrator.spec.chaos import ChaosConfig
 from orchestrator.spec.plan import Host, RunPlan, make_plan
 
 
@@ -93,6 +94,9 @@ def tiny_config(**changes: Any) -> s.RunConfig:
         ),
         export=s.ExportConfig(enabled=True, weights=s.Weights.last, register=None),
         verify=s.VerifyConfig(steps=20, own_steps=3, variants=list(s.VariantName)),
+        chaos=ChaosConfig(
+            step_ms=None, faults=[], full=False, random=None, repeat=1, seed=0, report=None
+        ),
         runs_dir="runs",
         run_name=None,
         resume=None,

@@ -113,6 +113,11 @@ class RunPaths:
         return self.root / "profile"
 
     @property
+    def chaos_dir(self) -> Path:
+        """Files that ask paced workers to stall or to hold a save; see train/pace.py."""
+        return self.root / ".chaos"
+
+    @property
     def logs_dir(self) -> Path:
         """Logs of the driver and of each worker of each attempt."""
         return self.root / "logs"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from orchestrator.spec.chaos import ChaosConfig
+
 
 class StrategyName(Enum):
     """How replicas are spread: tf.distribute's own names."""
@@ -324,6 +326,7 @@ class RunConfig:
     tracking: TrackingConfig
     export: ExportConfig
     verify: VerifyConfig
+    chaos: ChaosConfig
     runs_dir: str
     run_name: str | None
     resume: str | None

@@ -87,6 +87,9 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("cluster.cpus_per_worker", config.cluster.cpus_per_worker, 1),
         ("verify.steps", config.verify.steps, 1),
         ("verify.own_steps", config.verify.own_steps, 1),
+        ("chaos.random", config.chaos.random, 1),
+        ("chaos.repeat", config.chaos.repeat, 1),
+        ("chaos.seed", config.chaos.seed, 0),
     ]
     positive: list[tuple[str, float | None]] = [
         ("train.epochs", config.train.epochs),
@@ -96,6 +99,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("cluster.start_timeout_s", config.cluster.start_timeout_s),
         ("tracking.timeout_s", config.tracking.timeout_s),
         ("tracking.journal_patience_s", config.tracking.journal_patience_s),
+        ("chaos.step_ms", config.chaos.step_ms),
         ("optimizer.learning_rate", config.optimizer.learning_rate),
         ("optimizer.clip_global_norm", config.optimizer.clip_global_norm),
         ("optimizer.clip_value", config.optimizer.clip_value),

@@ -70,6 +70,8 @@ class Points:
                 if self._waiting:
                     self._choose(self._waiting[-1])
                 yield from self._catch_up()
+                if record["status"] != "FINISHED":
+                    return  # resumed, the run goes on with the window it was stopped in
                 for window in self._windows.values():
                     yield from window.close()
                 yield from self._ended(record)

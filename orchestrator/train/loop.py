@@ -21,6 +21,7 @@ from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.guards import NanGuard
 from orchestrator.train.job import Progress
 from orchestrator.train.optimizer import Optimizers
+from orchestrator.train.pace import Pace
 from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter
 from orchestrator.train.saver import Saver
@@ -49,6 +50,7 @@ class Parts:
     best: BestEvaluation | None = None
     on_block: Callable[[Progress], None] | None = None
     profile: Profile | None = None
+    pace: Pace | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -111,6 +113,8 @@ class Loop:
     def _block(self, step: int, num_steps: int) -> tuple[BlockResult, float]:
         parts = self._parts
         start = parts.clock()
+        if parts.pace is not None:
+            parts.pace.before_block(num_steps)
         feed = parts.feeder.take(step, num_steps)
         data_wait_s = parts.clock() - start
         after = step + num_steps

@@ -22,6 +22,7 @@ from orchestrator.spec.paths import STAGING_MARK, RunPaths
 from orchestrator.train import store
 from orchestrator.train.best import Best
 from orchestrator.train.checkpoint import local_value, write_bundle
+from orchestrator.train.pace import make_pace
 from orchestrator.train.rename import remove
 from orchestrator.train.report import Reporter
 
@@ -51,6 +52,7 @@ class Saver:
         facts: Mapping[str, Any],
         announce: Callable[..., None],
         max_failed: int | None = None,
+        before_commit: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Make a saver.
@@ -65,6 +67,7 @@ class Saver:
             announce: called with the fields of `Saved` when a checkpoint is durable, or with those
                 of `SaveFailed`.
             max_failed: told with every failure; None for no limit.
+            before_commit: called when a checkpoint is written and has not appeared yet.
             clock: seconds from any origin.
         """
         self.num_failed = 0
@@ -77,6 +80,7 @@ class Saver:
         self._facts = facts
         self._announce = announce
         self._max_failed = max_failed
+        self._before_commit = before_commit
         self._clock = clock
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="saver", initializer=_give_way_to_training
@@ -172,6 +176,8 @@ class Saver:
         described = write_bundle(staged, snapshot)
         facts = {**self._facts, **(best.facts() if best is not None else {})}
         manifest = {"step": step, **facts, "time": time.time(), "variables": described}
+        if self._before_commit is not None:
+            self._before_commit()
         return store.commit(staged, target, manifest, check=self.require_staging)
 
 
@@ -189,6 +195,7 @@ def make_saver(
     if order.worker > 0:
         return None
     plan, checkpoint = order.plan, order.plan.config.checkpoint
+    pace = make_pace(plan, order.worker)
     too_small = _lack_of_space(
         plan.paths, variables, checkpoint.keep + (plan.config.best.metric is not None)
     )
@@ -205,6 +212,7 @@ def make_saver(
         max_failed=checkpoint.max_failed_saves,
         facts={"run": plan.run, "attempt": order.attempt, "versions": versions},
         announce=reporter.tell,
+        before_commit=pace.before_commit if pace is not None else None,
     )
 
 

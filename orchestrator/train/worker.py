@@ -42,6 +42,7 @@ from orchestrator.train.job import Job
 from orchestrator.train.loading import checked_model, load_job, load_source
 from orchestrator.train.loop import Loop, Parts
 from orchestrator.train.optimizer import Optimizers
+from orchestrator.train.pace import make_pace
 from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter, folder_gauge
 from orchestrator.train.saver import make_saver, require_staging
@@ -255,6 +256,7 @@ def _assemble(
         best=_best(order, evaluation),
         on_block=job.on_block,
         profile=Profile(plan) if order.worker == 0 else None,
+        pace=make_pace(plan, order.worker),
     )
 
 

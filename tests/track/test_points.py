@@ -79,6 +79,13 @@ def test_the_last_partial_window_closes_when_the_run_ends() -> None:
     assert series(points, "train/loss") == [(4, 2.5), (6, 5.5)]
 
 
+@pytest.mark.parametrize("status", ["KILLED", "FAILED"])
+def test_a_window_that_a_stopped_run_is_in_is_closed_by_the_run_that_goes_on(status: str) -> None:
+    stopped = {**ENDED, "status": status}
+    points = feed(4, block(0, 6), stopped, block(6, 4, attempt=2), ENDED)
+    assert series(points, "train/loss") == [(4, 2.5), (8, 6.5), (10, 9.5)]
+
+
 def test_means_do_not_depend_on_block_borders_down_to_the_last_bit() -> None:
     noise = random.Random(0)
     losses = [noise.random() for _ in range(60)]

@@ -1,0 +1,145 @@
+"""`chaos` finds a protection that is switched off, and nothing where all are on."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.chaos import chaos
+from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.control.supervisor import Supervisor
+from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.train import store
+from tests.faults.chaos_rig import MINE, CutOff, Here, planted
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("chaos.step_ms=5", "train.block_s=0.1", "train.eval_every_steps=null")
+Run = Callable[..., tuple[ExitCode, str]]
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """One for all tests: importing TensorFlow is most of the time of a small run."""
+    started = start_zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def run(zygote: Zygote, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Put the job of `mine` through chaos, as the command does, without Ray and MLflow."""
+
+    def run_job(*overrides: str, kind: type[Here] = Here) -> tuple[ExitCode, str]:
+        make_command = planted(kind, zygote)
+        code = chaos(["job=shaken", *QUICK, *overrides], MINE, tmp_path, make_command)
+        left = list((tmp_path / "runs" / "shaken").iterdir())
+        out = capsys.readouterr().out
+        assert bool(left) == (code is ExitCode.DIFFERENCE), out
+        return code, out
+
+    return run_job
+
+
+def test_nothing_differs_where_every_protection_is_on(run: Run) -> None:
+    code, out = run("chaos.faults=[kill,damaged_checkpoint,kill_in_save,cut]")
+    assert code is ExitCode.DONE, out
+    assert re.search(r"kill +\d+ +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d +\d+ +the same", out), out
+    assert re.search(r"cut +not run: needs Ray nodes", out), out
+    assert "3 faults, and the same weights and record" in out
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("seeds_of_the_process", "losses: "),
+        ("one_example_late", "examples: other ones were used"),
+    ],
+)
+def test_a_restart_that_goes_on_otherwise_is_found(run: Run, fault: str, what: str) -> None:
+    code, out = run(f"job.args.fault={fault}", "chaos.faults=[kill]")
+    assert code is ExitCode.DIFFERENCE, out
+    assert re.search(r"kill .* DIFFERS", out), out
+    assert what in out
+    assert "weights: the final checkpoints have another SHA-256" in out
+
+
+@pytest.mark.parametrize("is_buried", [True, False])
+def test_a_chief_that_outlives_its_attempt_can_commit_nothing_but_without_fencing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, is_buried: bool
+) -> None:
+    if not is_buried:
+        monkeypatch.setattr(Supervisor, "_bury", lambda self, number: None)
+    patience = "recovery.step_patience_s=1"
+    code, out = run("chaos.faults=[stale_chief]", patience, kind=CutOff)
+    committed = "attempt 1 committed step-" in out
+    assert committed is not is_buried, out
+    # Here it cannot be ended; that it outlives its attempt is told, too.
+    assert committed or "the chief of attempt 1 outlived it" in out
+    assert code is ExitCode.DIFFERENCE
+
+
+@pytest.mark.parametrize("is_careless", [False, True])
+def test_a_rename_before_the_data_is_on_the_disk_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_careless: bool
+) -> None:
+    done: list[tuple[str, str]] = []
+    rename = os.rename
+
+    def noted_rename(source: Path, target: Path) -> None:
+        done.append(("rename", Path(target).name))
+        rename(source, target)
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    if is_careless:
+        monkeypatch.setattr(store, "_flush", lambda path: None)
+    staged, target = tmp_path / "staged", tmp_path / "step-00000020"
+    staged.mkdir()
+    (staged / "variables").write_bytes(b"x")
+    store.commit(staged, target, {})
+    before = [name for what, name in done[: done.index(("rename", target.name))]]
+    assert is_careless is not {"variables", "manifest.json", "staged"}.issubset(before)
+
+
+def test_the_command_tells_by_its_exit_code(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "orchestrator", "chaos", "job=shaken", f"--config-dir={MINE}"),
+            *("chaos.faults=[kill]", "chaos.report=report.md", *QUICK),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 faults, and the same weights and record" in done.stdout
+    assert "## shaken\n" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("chaos.faults=[kil]", "did you mean kill?"),
+        ("chaos.faults=[]", "name at least one"),
+        ("chaos.seed=-1", "at least 0"),
+        ("chaos.step_ms=0", "greater than 0"),
+        ("cluster=existing", "leave it out"),
+        ("resume=latest", "runs of its own"),
+        ("checkpoint.every_steps=null", "needs checkpoints"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(override: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        chaos(["job=shaken", override], MINE, tmp_path)
+    assert not (tmp_path / "runs").exists()
