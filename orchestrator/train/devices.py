@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import keras
 import tensorflow as tf
@@ -121,12 +125,27 @@ def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Stra
     _shorten_heartbeat(plan.num_workers)
     # AUTO never selects NCCL in TensorFlow 2.
     implementation = tf.distribute.experimental.CommunicationImplementation
-    return tf.distribute.MultiWorkerMirroredStrategy(
-        communication_options=tf.distribute.experimental.CommunicationOptions(
-            implementation=implementation.NCCL if on_gpu else implementation.RING,
-            bytes_per_pack=plan.config.strategy.bytes_per_pack or 0,
+    with _sigterm_kept():
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            communication_options=tf.distribute.experimental.CommunicationOptions(
+                implementation=implementation.NCCL if on_gpu else implementation.RING,
+                bytes_per_pack=plan.config.strategy.bytes_per_pack or 0,
+            )
         )
-    )
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Put our handler of SIGTERM back: TensorFlow's server takes the signal and tells nobody.
+
+    (TensorFlow 2.21, core/distributed_runtime/preemption/preemption_notifier.cc.)
+    """
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, kept)
 
 
 def _await_chief(order: WorkerOrder) -> None:
