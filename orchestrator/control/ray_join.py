@@ -209,14 +209,14 @@ def _short_looks() -> Iterator[None]:
 def _signal_handlers_kept() -> Iterator[None]:
     """Keep the signal handlers of this process, and a first signal until Ray is there.
 
-    Ray 2.60 replaces the handler of SIGTERM (`_private/worker.py`), so a signal would end the driver
-    with exit code 15; its core takes SIGTERM too, in C++, and dies of it; and what a handler raises
-    leaves half a Ray that aborts the driver at its end. Another Ray, without the name, only has the
-    handlers put back.
+    Ray 2.60 replaces the handler of SIGTERM (`_private/worker.py`), so a signal would end the
+    driver with exit code 15; its core takes SIGTERM too, in C++, and dies of it; and what a handler
+    raises leaves half a Ray that aborts the driver at its end. Another Ray, without the name, only
+    has the handlers put back.
     """
     from ray._private import utils
 
-    kept = {number: signal.getsignal(number) for number in _HELD_BACK}
+    kept = {int(number): signal.getsignal(number) for number in _HELD_BACK}
     held: list[int] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
