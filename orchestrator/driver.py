@@ -390,15 +390,17 @@ class _Run:
         self._stops.hand_over(None)
         finished = status == "FINISHED"
         commands = next_commands(self._plan, self._tally.last_step, finished=finished)
-        limit_s = _STOP_DEADLINE_S if status == "KILLED" else _FINISH_DEADLINE_S
+        limit_s: float | None = _STOP_DEADLINE_S if status == "KILLED" else _FINISH_DEADLINE_S
+        if status == "KILLED" and not self._tracking:
+            limit_s = None  # no step was made: MLflow has nothing to learn, and takes seconds
         with self._screen.timed("writing the record"):
             while True:
                 try:
-                    hurried = self._stops.is_hurried
-                    limit_s = _HURRY_DEADLINE_S if hurried else limit_s
+                    if self._stops.is_hurried and limit_s is not None:
+                        limit_s = min(limit_s, _HURRY_DEADLINE_S)
                     return self._record.end(status, cause, limit_s, commands)
                 except KeyboardInterrupt:
-                    limit_s = 0.0
+                    limit_s = None if limit_s is None else 0.0
 
     def _summarise(self, status: str, report: Report) -> None:
         limit_s = self._plan.config.train.max_time_s

@@ -15,6 +15,9 @@ from orchestrator.errors import StorageError
 from orchestrator.spec.paths import RunPaths
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# A guardian holds the lease of a killed driver while it writes down how the run ended.
+_GUARDIAN_S = 20.0
+_LOOK_INTERVAL_S = 0.1
 
 
 class Lease:
@@ -42,7 +45,7 @@ class Lease:
                 "copy it below another runs_dir and resume it there"
             ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
         except OSError as error:
             holder = self._read()
             self._file.close()
@@ -66,6 +69,17 @@ class Lease:
         if not self._file.closed:
             self._write(None)
             self._file.close()
+
+    def _lock(self) -> None:
+        """Lock the file; where the holder is dead, wait for who ends the record of its run."""
+        deadline = time.monotonic() + _GUARDIAN_S
+        while True:
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline or not _is_dead(self._read()):
+                    raise
+            time.sleep(_LOOK_INTERVAL_S)
 
     def _read(self) -> dict[str, object]:
         self._file.seek(0)
@@ -91,6 +105,13 @@ def _refusal(paths: RunPaths, error: OSError, holder: dict[str, object]) -> Stor
     return StorageError(
         f"the run {paths.root.name} is held by {_words(holder)}; wait for it to end, or stop it"
     )
+
+
+def _is_dead(holder: dict[str, object]) -> bool:
+    """Tell whether a holder is known to be gone; not to be seen from another host."""
+    if holder.get("host") != socket.gethostname():
+        return False
+    return not Path(f"/proc/{holder.get('pid')}").exists()
 
 
 def _words(holder: dict[str, object]) -> str:

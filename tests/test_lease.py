@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 HOLD = """
 import sys
+import threading
 from pathlib import Path
 from orchestrator.lease import Lease
 from orchestrator.spec.paths import RunPaths
@@ -123,3 +126,15 @@ def test_a_run_in_a_folder_that_is_mounted_read_only_is_a_failure_of_storage(
             Lease(RunPaths(tmp_path))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_lease_held_for_a_dead_driver_is_waited_for(tmp_path: Path) -> None:
+    with held_elsewhere(tmp_path) as driver:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    guardian = RunPaths(tmp_path).lease.open("a+")
+    fcntl.flock(guardian, fcntl.LOCK_EX)
+    timer = threading.Timer(0.3, guardian.close)
+    timer.start()
+    Lease(RunPaths(tmp_path)).release()
+    timer.join()

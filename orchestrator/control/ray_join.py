@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -30,6 +31,7 @@ _CONNECT_TIMEOUT_S = 5.0
 _REGISTRATION_TIMEOUT_S = 30.0
 _LOOK_INTERVAL_S = 0.02
 _UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
+_HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
 _PROJECT_DIR = str(Path(__file__).resolve().parents[2])
 # What an upload to other nodes leaves behind.
 _NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
@@ -205,18 +207,31 @@ def _short_looks() -> Iterator[None]:
 
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
-    """Keep the signal handlers of this process.
+    """Keep the signal handlers of this process, and a first signal until Ray is there.
 
-    `ray.init` of Ray 2.60 replaces that of SIGTERM (`_private/worker.py`), so a signal that comes
-    meanwhile would end the driver with exit code 15; and its core takes SIGTERM, in C++, and dies
-    of it. Another Ray, without the name, only has the handlers put back.
+    Ray 2.60 replaces the handler of SIGTERM (`_private/worker.py`), so a signal would end the
+    driver with exit code 15; its core takes SIGTERM too, in C++, and dies of it; and what a handler
+    raises leaves half a Ray that aborts the driver at its end. Another Ray, without the name, only
+    has the handlers put back.
     """
     from ray._private import utils
 
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = {int(number): signal.getsignal(number) for number in _HELD_BACK}
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+        handler = kept[number]
+        if len(held) > 1 and callable(handler):
+            handler(held[0], frame)
+            handler(number, frame)
+
     replace = getattr(utils, "set_sigterm_handler", None)
     if replace is not None:
         utils.set_sigterm_handler = lambda handler: None
+    for number, handler in kept.items():
+        if callable(handler):
+            signal.signal(number, hold)
     try:
         yield
     finally:
@@ -224,6 +239,8 @@ def _signal_handlers_kept() -> Iterator[None]:
             utils.set_sigterm_handler = replace
         for number, handler in kept.items():
             signal.signal(number, handler)
+        if len(held) == 1:
+            os.kill(os.getpid(), held[0])
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def _on_request(plan: RunPlan) -> list[tuple[str, str]]:
             ("ends early", f"after {_count(best.patience, 'evaluation')} without a better one")
         )
     if train.max_time_s is not None:
-        rows.append(("ends early", f"saves and stops after {train.max_time_s:g} s of training"))
+        rows.append(("ends early", f"saves and stops {train.max_time_s:g} s after the command"))
     if plan.init_from is not None:
         rows.append(("begins with", f"the weights of {plan.init_from}"))
     if train.freeze:

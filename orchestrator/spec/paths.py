@@ -108,6 +108,11 @@ class RunPaths:
         return self.root / f"code-before-attempt-{attempt}.diff"
 
     @property
+    def compile_choice(self) -> Path:
+        """What `train.compile=auto` has chosen, and where, JSON."""
+        return self.root / "compile.json"
+
+    @property
     def profile_dir(self) -> Path:
         """What TensorFlow's profiler wrote; TensorBoard reads it."""
         return self.root / "profile"

@@ -74,7 +74,11 @@ class Record:
         self._projection.start()
 
     def end(
-        self, status: str, cause: str, deadline_s: float, commands: Sequence[tuple[str, str]] = ()
+        self,
+        status: str,
+        cause: str,
+        deadline_s: float | None,
+        commands: Sequence[tuple[str, str]] = (),
     ) -> Report:
         """Write down how the run ended, tell it on a page, and bring MLflow up to date.
 
@@ -84,16 +88,19 @@ class Record:
         Args:
             status: FINISHED, FAILED or KILLED.
             cause: why it did not finish.
-            deadline_s: how long to wait for MLflow at most; a short one leaves the page out.
+            deadline_s: how long to wait for MLflow at most; a short one leaves the page out. None
+                leaves MLflow alone too.
             commands: what can be done next: a word and the command to copy.
         """
         if not self._has_ended:
             ended = {"kind": "RunEnded", "time": time.time(), "status": status, "cause": cause}
             self.add({**ended, "commands": [list(command) for command in commands]})
             self._has_ended = True
-            if deadline_s > _PAGE_S:
+            if deadline_s is not None and deadline_s > _PAGE_S:
                 self._tell()
-        report = self._projection.finish(status, deadline_s)
+        report = Report(run_id=None, model_uri=None, missing="")
+        if deadline_s is not None:
+            report = self._projection.finish(status, deadline_s)
         with self._lock:
             self._write_waiting()  # the projection's last ones
         self._journal.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +27,7 @@ class Choice:
 
     Attributes:
         is_open: nothing is decided yet.
+        mode: what to begin with; after a restart, what an earlier attempt found to be faster here.
     """
 
     def __init__(self, plan: RunPlan, state: Sequence[keras.Variable], *, is_resident: bool):
@@ -44,6 +48,9 @@ class Choice:
             and not plan.config.train.deterministic
             and is_resident
         )
+        self.mode = Compile.graph
+        if self.is_open and (kept := self._kept()) is not None:
+            self.mode, self.is_open = kept, False
         self._last = (0, 0.0)  # steps and seconds of the last block that was not the first
         self._is_traced = False
 
@@ -79,8 +86,26 @@ class Choice:
             return Compile.graph, f"train.compile=auto: graph ({reason})"
         rates = self._rates(num_steps, run)
         best = max(rates, key=lambda mode: rates[mode])
+        self._keep(best)
         shown = " against ".join(f"{rate:,.0f} steps/s as {m.value}" for m, rate in rates.items())
         return best, f"train.compile=auto: {best.value} ({shown})"
+
+    def _kept(self) -> Compile | None:
+        """Return what was chosen before in this run, on such a device."""
+        try:
+            kept = json.loads(self._plan.paths.compile_choice.read_text())
+            return Compile(kept["mode"]) if kept["where"] == self._where() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _keep(self, mode: Compile) -> None:
+        path = self._plan.paths.compile_choice
+        with contextlib.suppress(OSError):  # the next attempt measures again
+            path.write_text(json.dumps({"mode": mode.value, "where": self._where()}))
+
+    def _where(self) -> list[Any]:
+        plan = self._plan
+        return [platform.node(), plan.device_kind, plan.cpus_per_worker, tf.__version__]
 
     def _rates(self, num_steps: int, run: Callable[[Compile], None]) -> dict[Compile, float]:
         before = [tf.identity(tf.convert_to_tensor(variable.value)) for variable in self._state]

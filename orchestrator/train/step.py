@@ -64,7 +64,6 @@ class TrainStep:
         self.num_traces = 0
         self._compiles = compiles
         self._compiled_lengths: set[int] = set()
-        self.mode = Compile.graph
         self._plan = plan
         self._model = model
         self._optimizers = optimizers
@@ -83,8 +82,8 @@ class TrainStep:
         is_resident = resident.tables is not None
         state = [v for section in optimizers.variables.values() for v in section]
         self._choice = Choice(plan, [*model.variables, *state], is_resident=is_resident)
-        if plan.config.train.compile is not Compile.auto:
-            self.mode = plan.config.train.compile
+        compile_ = plan.config.train.compile
+        self.mode = self._choice.mode if compile_ is Compile.auto else compile_
         feeds = [
             (
                 tf.TensorSpec([None, shard.size], tf.int64),

@@ -24,9 +24,11 @@ class Leftovers:
 
     Attributes:
         temporary: the folder that was given to the commands as TMPDIR.
+        allowed: parts of the commands of processes that may stay, such as those of a cluster.
     """
 
     temporary: Path
+    allowed: tuple[str, ...] = ()
     _processes: set[int] = field(default_factory=lambda: {p.pid for p in session_processes()})
     _shared: set[str] = field(default_factory=lambda: _entries(_SHARED_MEMORY))
 
@@ -43,6 +45,8 @@ class Leftovers:
                 ports = [c.laddr.port for c in process.net_connections() if c.status == "LISTEN"]
             except psutil.Error:
                 continue  # it is gone by now
+            if any(part in command for part in self.allowed):
+                continue
             yield f"process {process.pid}: {command}{f', listening on {ports}' if ports else ''}"
 
     def _files(self) -> Iterator[str]:

@@ -154,8 +154,10 @@ def test_a_killed_driver_leaves_nothing_and_auto_goes_on(
 
 @pytest.mark.thorough
 def test_a_driver_killed_on_an_existing_cluster_leaves_no_worker(
-    ray_cluster: Cluster, tmp_path: Path, undisturbed: rig.RunPaths
+    ray_cluster: Cluster, tmp_path: Path, undisturbed: rig.RunPaths, leftovers: Leftovers
 ) -> None:
+    # The cluster stays, and its zygote for as long as the next attempt may need it.
+    leftovers.allowed = ("ray", "orchestrator.train.zygote")
     there = (
         "cluster=existing",
         f"cluster.address={ray_cluster.address}",

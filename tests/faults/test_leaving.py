@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from tests.cluster.rig import (
     last_step,
     records,
     runs_in,
+    start,
     wait_for,
 )
 from tests.faults import rig
@@ -37,6 +40,7 @@ def newest(run: rig.RunPaths) -> int:
     return step_of(path) if path is not None else 0
 
 
+@pytest.mark.thorough
 def test_a_stop_while_ray_starts_is_quick_and_leaves_no_run_without_a_record(
     tmp_path: Path,
 ) -> None:
@@ -74,7 +78,7 @@ def _children(pid: int) -> list[str]:
     [
         pytest.param("loading data", marks=pytest.mark.thorough),
         pytest.param("building", marks=pytest.mark.thorough),
-        "tracing",
+        pytest.param("tracing", marks=pytest.mark.thorough),
         pytest.param("evaluating", marks=pytest.mark.thorough),
     ],
 )
@@ -93,6 +97,7 @@ def test_a_stop_in_any_phase_saves_what_was_made(tmp_path: Path, phase: str) -> 
         assert [row["status"] for row in database(tmp_path)] == ["KILLED"]
 
 
+@pytest.mark.thorough
 def test_a_stop_while_exporting_leaves_only_the_export_to_be_done(tmp_path: Path) -> None:
     process = paced("train.steps=40", "job.args.linger=exporting", cwd=tmp_path)
     run = wait_for_record(tmp_path, "Beacon", phase="exporting")
@@ -110,6 +115,7 @@ def test_a_stop_while_exporting_leaves_only_the_export_to_be_done(tmp_path: Path
     assert [row["status"] for row in database(tmp_path)] == ["FINISHED"]
 
 
+@pytest.mark.thorough
 def test_a_second_signal_ends_all_in_two_seconds(tmp_path: Path) -> None:
     # Steps of five seconds: the first signal waits for one.
     process = paced("job.args.step_ms=5000", *TWO, *QUIET, cwd=tmp_path)
@@ -127,8 +133,9 @@ def test_a_second_signal_ends_all_in_two_seconds(tmp_path: Path) -> None:
     assert status(run) == "KILLED"
 
 
-def test_the_whole_process_group_may_get_the_signal(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "orchestrator", "train", *JOB, *TWO, *QUIET]
+def test_a_stop_of_the_whole_process_group_while_tracing_saves(tmp_path: Path) -> None:
+    lingering = "job.args.linger=tracing"
+    command = [sys.executable, "-m", "orchestrator", "train", *JOB, *TWO, *QUIET, lingering]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -138,11 +145,14 @@ def test_the_whole_process_group_may_get_the_signal(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    run = wait_for_record(tmp_path, "Saved")
+    run = wait_for_record(tmp_path, "Beacon", phase="tracing")
+    begin = time.monotonic()
     rig.signal_group(process, signal.SIGTERM)
     out = finish(process, tmp_path)
     assert out.code == 143, out.out
-    assert newest(run) == last_step(run)
+    assert time.monotonic() - begin < _STOP_S
+    assert newest(run) == last_step(run) > 0
+    assert [row["status"] for row in database(tmp_path)] == ["KILLED"]
 
 
 @pytest.mark.thorough
@@ -157,6 +167,7 @@ def test_a_worker_that_gets_sigterm_lets_all_save(tmp_path: Path) -> None:
     assert rig.attempts(run) == [1] and status(run) == "KILLED"
 
 
+@pytest.mark.thorough
 def test_the_time_counts_from_the_command_and_resume_goes_on(tmp_path: Path) -> None:
     begin = time.monotonic()
     first = ended("train.max_time_s=12", "train.steps=2000", *QUIET, cwd=tmp_path)
@@ -203,3 +214,23 @@ def test_nohup_is_heeded(tmp_path: Path) -> None:
     wait_for_record(tmp_path, "Saved")
     interrupt(process, signal.SIGHUP)
     assert finish(process, tmp_path).code == 0
+
+
+@pytest.mark.thorough
+def test_a_moved_run_goes_on_and_its_changed_code_is_shown(tmp_path: Path) -> None:
+    done = ended("train.steps=40", *QUIET, "job.args.step_ms=0", "run_name=first", cwd=tmp_path)
+    assert done.code == 0, done.out
+    shutil.move(tmp_path / "runs" / "paced", tmp_path / "elsewhere" / "paced")
+    mine = shutil.copytree(rig.MINE, tmp_path / "mine")
+    source = (mine / "paced.py").read_text()
+    (mine / "paced.py").write_text(source.replace("Dropout(0.2)", "Dropout(0.1)"))
+    arguments = ("job=paced", f"--config-dir={mine}", "runs_dir=elsewhere", "resume=first")
+    again = finish(start("train", *arguments, "train.steps=60", cwd=tmp_path), tmp_path)
+    assert again.code == 0, again.out
+    assert "layers.Dropout(0.1)" in again.out and "code-before-attempt-2.diff" in again.out
+    run = rig.RunPaths(tmp_path / "elsewhere" / "paced" / "first")
+    assert last_step(run) == 60 and newest(run) == 60
+    assert min(r["first_step"] for r in records(run, "BlockDone") if r["attempt"] == 2) == 40
+    with sqlite3.connect(tmp_path / "elsewhere" / "mlflow.db") as connection:
+        rows = connection.execute("select status from runs").fetchall()
+    assert rows == [("FINISHED",)]

@@ -1,4 +1,4 @@
-"""What a worker does on request: hooks of the job, a time limit, a profile, debugging."""
+"""What a worker does on request: hooks of the job, a profile, debugging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from orchestrator.spec.messages import (
     Notice,
     Outcome,
     Request,
-    Saved,
 )
 from orchestrator.spec.schema import Compile
 from orchestrator.train import store
@@ -84,21 +83,6 @@ def test_what_a_hook_raises_ends_the_run_with_the_users_line(
     tf.profiler.experimental.stop(save=False)
 
 
-def test_the_time_limit_saves_and_stops_and_resume_goes_on(tmp_path: Path) -> None:
-    told = live(tmp_path, train__max_time_s=1e-9)
-    [ended] = only(told, Ended)
-    assert (ended.step, ended.outcome) == (1, Outcome.stopped)
-    [saved] = only(told, Saved)
-    assert saved.step == 1 and not only(told, Exported)
-    [notice] = only(told, Notice)
-    assert notice.text == (
-        "train.max_time_s=1e-09 is over: saved at step 1; resume=20260101-000000-abcd goes on"
-    )
-    again = live(tmp_path, attempt=2, restore_from=saved.path, train__max_time_s=600.0)
-    [ended] = only(again, Ended)
-    assert (ended.step, ended.outcome) == (12, Outcome.completed)
-
-
 @pytest.mark.parametrize("first", [1, 4])
 def test_the_profile_holds_exactly_the_steps_asked_for(
     tmp_path: Path, first: int, monkeypatch: pytest.MonkeyPatch
@@ -158,11 +142,9 @@ def test_all_of_it_by_the_command_line(tmp_path: Path) -> None:
     assert run.proof.exists() and run.profile_dir.exists()
 
     source = f"train.init_from={run.root.name}"
-    limit = ("train.max_time_s=1e-6", "export.enabled=false")
-    second = rig.train("cluster=inline", source, *limit, cwd=tmp_path)
-    assert second.code == 130, second.out
+    second = rig.train("cluster=inline", source, "export.enabled=false", cwd=tmp_path)
+    assert second.code == 0, second.out
     best = run.checkpoints_dir / store.checkpoint_name(2)
-    loaded, over = (record["text"] for record in rig.records(second.run, "Notice")[-2:])
-    assert loaded == f"weights of {best}: 4 of the model's variables were loaded"
-    assert over.startswith("train.max_time_s=1e-06 is over: saved at step 1")
-    assert [row["status"] for row in rig.database(tmp_path)] == ["FINISHED", "KILLED"]
+    told = [record["text"] for record in rig.records(second.run, "Notice")]
+    assert f"weights of {best}: 4 of the model's variables were loaded" in told
+    assert [row["status"] for row in rig.database(tmp_path)] == ["FINISHED", "FINISHED"]

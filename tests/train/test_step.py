@@ -495,6 +495,7 @@ def test_auto_tries_xla_once_and_says_what_it_chose(tmp_path: Path) -> None:
     told: list[str] = []
     rig = make_rig(tmp_path, Tiny(), train__steps=10_000_000, train__max_block_steps=2_000)
     rig.step._tell = told.append
+    rig.plan.paths.root.mkdir(parents=True, exist_ok=True)
     twin = make_rig(tmp_path, Tiny(), train__compile=Compile.graph)
     while not told:
         rig.run(2_000)
@@ -504,6 +505,11 @@ def test_auto_tries_xla_once_and_says_what_it_chose(tmp_path: Path) -> None:
     assert rig.ledger == twin.ledger
     assert f"auto: {rig.step.mode.value} (" in told[0]
     assert "steps/s as xla" in told[0] and "steps/s as graph" in told[0]
+    # After a restart it begins with what was chosen, and asks no more.
+    again = make_rig(tmp_path, Tiny(), train__steps=10_000_000, train__max_block_steps=2_000)
+    again.step._tell = told.append
+    again.run(1, 2_000, 2_000)
+    assert again.step.mode is rig.step.mode and len(told) == 1
 
 
 def test_auto_stays_a_graph_with_several_replicas_or_determinism(tmp_path: Path) -> None:

@@ -305,7 +305,9 @@ def zygote() -> Iterator[Zygote]:
 def test_two_worker_processes_that_stop_and_resume_match_those_that_did_not(
     tmp_path: Path, zygote: Zygote
 ) -> None:
-    def train(folder: Path, restore_from: str | None = None, **changes: Any) -> list[Message]:
+    def train(
+        folder: Path, restore_from: str | None = None, *, stop_early: bool = False
+    ) -> list[Message]:
         plan = tiny_plan(
             folder,
             **JOB,
@@ -314,15 +316,20 @@ def test_two_worker_processes_that_stop_and_resume_match_those_that_did_not(
             strategy__name=StrategyName.multi_worker,
             strategy__num_workers=2,
             code_dirs=[str(ROOT)],
-            **changes,
         )
         plan.paths.checkpoints_dir.mkdir(parents=True, exist_ok=True)
         told: list[Message] = []
         found = restore_from and (store.step_of(Path(restore_from)), restore_from)
+
+        def observe(message: Message) -> None:
+            told.append(message)
+            if stop_early and isinstance(message, Ready) and message.worker == 0:
+                supervisor.stop()
+
         supervisor = Supervisor(
             ProcessGroup(zygote=zygote.socket_path, ports=(21000, 21200)),
             plan,
-            observe=told.append,
+            observe=observe,
             began=lambda number, path, num_workers: None,
             notice=lambda text: None,
             newest_checkpoint=lambda: found or None,
@@ -333,8 +340,8 @@ def test_two_worker_processes_that_stop_and_resume_match_those_that_did_not(
         return told
 
     whole = train(tmp_path / "whole")
-    # A start whose time is over with its first block, of one step.
-    first = train(tmp_path / "parts", train__max_time_s=1e-6)
+    # Stopped while it traces: the first block, of one step, is made and saved.
+    first = train(tmp_path / "parts", stop_early=True)
     [saved] = only(first, Saved)
     names = sorted(path.name for path in Path(saved.path).glob("stream-?.npz"))
     assert (saved.step, names) == (1, ["stream-0.npz", "stream-1.npz"])
