@@ -5,9 +5,14 @@
     train/     THE STEP: model, data, gradients, checkpoints       TensorFlow and Keras
     track/     THE RECORD: journal, MLflow as its projection       MLflow, only in mlflow_*.py
 
+Above the folders, what knows several of them: a file for each command, and what commands share.
+
     __main__.py   the command line: compose, plan, then print or launch; exit codes
-    driver.py     one training, from plan to exit code: the only file that knows all four folders
-    screen.py     what the driver draws
+    driver.py     `train`: overrides -> plan, held run folder, workers; training.py: one start of a run
+    runs.py lease.py resumption.py job_code.py    which run a command goes on with, and from where
+    signals.py patience.py guardian.py            how a run ends: asked, out of disk, killed
+    screen.py summary.py listing.py comparison.py what is said of runs
+    verify*.py verdict.py   chaos*.py   conversion.py weights.py    the other commands
 
 The flow, one arrow per boundary:
 

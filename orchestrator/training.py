@@ -1,0 +1,223 @@
+"""One start of a run while this process holds it: record, supervisor and screen wired together."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.control.group import WorkerGroup
+from orchestrator.control.inline_group import InlineGroup
+from orchestrator.control.supervisor import Supervisor
+from orchestrator.errors import ExitCode, ExportError, Interrupted, OrchestratorError
+from orchestrator.patience import JournalPatience
+from orchestrator.provenance import provenance
+from orchestrator.resumption import Checkpoints
+from orchestrator.runs import (
+    Past,
+)
+from orchestrator.screen import Screen
+from orchestrator.signals import Stops
+from orchestrator.spec.config import PROJECT_DIR, flatten
+from orchestrator.spec.describe import experiment_name
+from orchestrator.spec.messages import (
+    BlockDone,
+    Message,
+    Outcome,
+    is_kept,
+    to_record,
+)
+from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.secrets import mask_overrides, mask_text
+from orchestrator.summary import Tally, next_commands, summarise
+from orchestrator.track.facts import RunFacts
+from orchestrator.track.journal import read
+from orchestrator.track.mlflow_projection import Report, check
+from orchestrator.track.record import Record
+from orchestrator.train import store
+
+# How long MLflow may take at the end: of a run that is done, was stopped, or must end at once.
+_FINISH_DEADLINE_S = 60.0
+_STOP_DEADLINE_S = 10.0
+_HURRY_DEADLINE_S = 0.7
+
+
+class Training:
+    """What a command does with a run from the first worker to the last line on the screen."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        replan: Callable[[int], RunPlan],
+        past: Past | None,
+        overrides: list[str],
+        group: WorkerGroup,
+        screen: Screen,
+        stops: Stops,
+        start: float,
+    ):
+        self._plan = plan
+        self._past = past
+        self._screen = screen
+        self._stops = stops
+        self._start = start
+        self._tally = Tally()
+        self._group = group
+        facts = make_facts(plan, mask_overrides(overrides))
+        if plan.config.tracking.required:
+            check(facts)
+        self._record = Record(plan.paths.journal, facts, notice=screen.notice)
+        self._tracking = False
+        self._supervisor = Supervisor(
+            group,
+            plan,
+            observe=self._observe,
+            began=self._began,
+            notice=screen.notice,
+            newest_checkpoint=Checkpoints(plan.paths, read, screen.notice).newest,
+            journal=self._record.add,
+            replan=replan,
+            first_attempt=1 + (past.attempts if past is not None else 0),
+        )
+        self._patience = JournalPatience(
+            self._record, plan, notice=screen.notice, stop=self._supervisor.stop
+        )
+
+    def run(self) -> ExitCode:
+        """Train, and leave a true record however it ends."""
+        status, cause = "FAILED", "the driver failed"
+        try:
+            self._stops.hand_over(self._stop)
+            if self._stops.is_asked:
+                raise Interrupted
+            outcome = self._supervise()
+            status = "FINISHED" if outcome is Outcome.completed else "KILLED"
+            cause = "" if outcome is Outcome.completed else "stopped"
+            if self._patience.is_over:
+                status, cause = "FAILED", "the journal could not be written"
+            self._check_proof(outcome)
+        except KeyboardInterrupt:
+            status, cause = "KILLED", "ended at once" if self._stops.is_hurried else "stopped"
+        except OrchestratorError as error:
+            status, cause = "FAILED", str(error)
+            self._screen.keep(cause)
+            raise
+        finally:
+            report = self._end(status, cause)
+        self._stops.hand_over(lambda reason: True)  # it is leaving already
+        self._patience.refuse()
+        self._summarise(status, report)
+        return ExitCode.DONE if status == "FINISHED" else self._stops.exit_code
+
+    def _supervise(self) -> Outcome:
+        if isinstance(self._group, InlineGroup):
+            return self._group.serve(self._supervisor.run)
+        return self._supervisor.run()
+
+    def _observe(self, message: Message) -> None:
+        if is_kept(message):
+            self._record.add(to_record(message))
+        self._patience.watch()
+        self._tally.observe(message)
+        self._screen.observe(message)
+        if not self._tracking and isinstance(message, BlockDone):
+            # Importing MLflow costs seconds of CPU: not before a step has been made.
+            self._tracking = True
+            self._record.start_tracking()
+
+    def _began(self, attempt: int, restore_from: str | None, num_workers: int) -> None:
+        self._tally.last_step = store.step_of(Path(restore_from)) if restore_from else 0
+        self._record.add(
+            {
+                "kind": "AttemptStarted",
+                "time": time.time(),
+                "attempt": attempt,
+                "restore_from": restore_from,
+                "num_workers": num_workers,
+            }
+        )
+
+    def _stop(self, reason: str) -> bool:
+        """Ask the workers to save and stop; tell whether there are any to wait for."""
+        self._supervisor.stop()
+        # Inline the worker has the main thread, and looks for requests itself.
+        can_save = isinstance(self._group, InlineGroup) or self._supervisor.can_save
+        if can_save:
+            self._screen.notice(f"{reason}: saving, then stopping; Ctrl-C ends it at once")
+        else:
+            self._screen.notice(f"{reason}: stopping; there is nothing to save")
+        return can_save
+
+    def _check_proof(self, outcome: Outcome) -> None:
+        """Raise ExportError if the clean process refused the exported model."""
+        if outcome is not Outcome.completed or not self._plan.config.export.enabled:
+            return
+        path = self._plan.paths.proof
+        try:
+            proof = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ExportError(
+                f"the exported model was not proven: {path} is missing ({error}); see "
+                f"{self._plan.paths.logs_dir}. The checkpoints are whole"
+            ) from error
+        if not proof.get("passed"):
+            raise ExportError(
+                f"the exported model does not answer like the trained one: {proof.get('error')}; "
+                f"see {path}. The checkpoints are whole"
+            )
+
+    def _end(self, status: str, cause: str) -> Report:
+        """Close the record; a signal cuts short the wait for MLflow."""
+        self._stops.hand_over(None)
+        finished = status == "FINISHED"
+        commands = next_commands(self._plan, self._tally.last_step, finished=finished)
+        limit_s: float | None = _STOP_DEADLINE_S if status == "KILLED" else _FINISH_DEADLINE_S
+        if status == "KILLED" and not self._tracking:
+            limit_s = None  # no step was made: MLflow has nothing to learn, and takes seconds
+        with self._screen.timed("writing the record"):
+            while True:
+                try:
+                    if self._stops.is_hurried and limit_s is not None:
+                        limit_s = min(limit_s, _HURRY_DEADLINE_S)
+                    return self._record.end(status, cause, limit_s, commands)
+                except KeyboardInterrupt:
+                    limit_s = None if limit_s is None else 0.0
+
+    def _summarise(self, status: str, report: Report) -> None:
+        limit_s = self._plan.config.train.max_time_s
+        if self._stops.exit_code is ExitCode.OUT_OF_TIME and not self._tally.steps:
+            self._screen.notice(
+                f"train.max_time_s={limit_s:g} was over before a step was made; raise it"
+            )
+        if report.missing:
+            self._screen.notice(
+                f"MLflow lacks the last records ({report.missing}); when it is back: "
+                f"orchestrator runs sync {self._plan.paths.root}"
+            )
+        wall_s = time.monotonic() - self._start
+        self._screen.finish(summarise(self._plan, self._tally, status, report, wall_s))
+
+
+def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
+    """Collect what the record needs to know of a plan."""
+    config = plan.config
+    return RunFacts(
+        run=plan.run,
+        job=config.job.name,
+        experiment=experiment_name(plan),
+        tracking_uri=plan.tracking_uri,
+        artifact_root=plan.artifact_root,
+        root=str(plan.paths.root),
+        log_every_steps=config.tracking.log_every_steps,
+        global_batch_size=config.train.global_batch_size,
+        timeout_s=config.tracking.timeout_s,
+        register=config.export.register,
+        params=flatten(config),
+        tags={
+            **provenance(overrides, PROJECT_DIR),
+            "orchestrator.strategy": config.strategy.name.value,
+            "orchestrator.replicas": str(plan.num_replicas),
+            "orchestrator.tracking_uri": mask_text(plan.tracking_uri),
+        },
+    )
