@@ -9,7 +9,7 @@ from orchestrator.control.attempt import Attempt
 from orchestrator.control.folders import bury, prepare
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.policy import Failure, GiveUp, Retry, decide
-from orchestrator.control.story import first_failure, start_failure, tell, tells_all
+from orchestrator.control.story import first_failure, start_failure, story_s, tell, tells_all
 from orchestrator.control.watch import Watchdog
 from orchestrator.errors import ClusterError, Interrupted, JobError, StartFailed
 from orchestrator.spec.messages import Cause, Draining, Message, Outcome, Phase, Request
@@ -17,8 +17,6 @@ from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
 _POLL_S = 0.2
-# After the first failure: how long the other workers may take to tell their story.
-_STORY_S = 1.5
 # How long a stop waits for the first block of an attempt, which may compile for minutes.
 _FIRST_BLOCK_S = 15.0
 
@@ -197,8 +195,8 @@ class Supervisor:
 
     def _hear_the_others(self, attempt: Attempt) -> None:
         """Wait a little: the first to be heard may be the victim of another's failure."""
-        deadline = self._clock() + _STORY_S
-        while self._clock() < deadline:
+        began = self._clock()
+        while self._clock() - began < story_s(attempt.failures):
             spoken = {failure.worker for failure in attempt.failures}
             if len(spoken) == self._plan.num_workers or tells_all(attempt.failures):
                 return
