@@ -8,7 +8,7 @@
 Above the folders, what knows several of them: a file for each command, and what commands share.
 
     __main__.py   the command line: compose, plan, then print or launch; exit codes
-    driver.py     `train`: overrides -> plan, held run folder, workers; training.py: one start of a run
+    driver.py training.py                         `train`: overrides -> plan; one start of a run
     runs.py lease.py resumption.py job_code.py    which run a command goes on with, and from where
     signals.py patience.py guardian.py            how a run ends: asked, out of disk, killed
     screen.py summary.py listing.py comparison.py what is said of runs

@@ -232,7 +232,7 @@ class ScreenState:
         row.step_ms = 1000 * block.wall_s / max(block.num_steps, 1)
         if block.worker > 0:
             return []
-        self.step = block.first_step + block.num_steps
+        self.step = block.last_step
         self._speed.add(block.num_steps, block.wall_s)
         if block.loss:
             self.loss = sum(block.loss) / len(block.loss)

@@ -34,7 +34,7 @@ class Tally:
                 self.timed_steps += message.num_steps
                 self.stepping_s += message.wall_s
             self.steps += message.num_steps
-            self.last_step = message.first_step + message.num_steps
+            self.last_step = message.last_step
         elif isinstance(message, Evaluated):
             self.metrics = {f"eval/{name}": value for name, value in message.metrics.items()}
 

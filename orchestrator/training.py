@@ -69,13 +69,16 @@ class Training:
             check(facts)
         self._record = Record(plan.paths.journal, facts, notice=screen.notice)
         self._tracking = False
+        self._last_recorded = past.last_step if past is not None else 0
         self._supervisor = Supervisor(
             group,
             plan,
             observe=self._observe,
             began=self._began,
             notice=screen.notice,
-            newest_checkpoint=Checkpoints(plan.paths, read, screen.notice).newest,
+            newest_checkpoint=Checkpoints(
+                plan.paths, read, screen.notice, lambda: self._last_recorded
+            ).newest,
             journal=self._record.add,
             replan=replan,
             first_attempt=1 + (past.attempts if past is not None else 0),
@@ -118,6 +121,8 @@ class Training:
     def _observe(self, message: Message) -> None:
         if is_kept(message):
             self._record.add(to_record(message))
+        if isinstance(message, BlockDone) and message.worker == 0:
+            self._last_recorded = max(self._last_recorded, message.last_step)
         self._patience.watch()
         self._tally.observe(message)
         self._screen.observe(message)

@@ -66,3 +66,27 @@ def test_checkpoints_that_are_gone_are_no_reason_to_begin_at_step_0(tmp_path: Pa
 
 def test_a_run_that_never_saved_begins_at_step_0(tmp_path: Path) -> None:
     assert Checkpoints(saved(tmp_path), read, print).newest() is None
+
+
+def test_one_that_is_later_than_the_record_is_left(tmp_path: Path) -> None:
+    paths = saved(tmp_path, 10, 20)
+    said: list[str] = []
+    found = Checkpoints(paths, read, said.append, lambda: 17).newest()
+    assert found == (10, str(paths.checkpoints_dir / "step-00000010"))
+    assert said == [
+        "checkpoint step-00000020 is later than the record, which ends at step 17: it is left, "
+        "and its steps are made again"
+    ]
+
+
+def test_one_that_is_later_than_the_record_is_better_than_step_0(tmp_path: Path) -> None:
+    paths = saved(tmp_path, 20)
+    said: list[str] = []
+    found = Checkpoints(paths, read, said.append, lambda: 17).newest()
+    assert found == (20, str(paths.checkpoints_dir / "step-00000020"))
+    assert "the steps between are on no record" in said[0]
+
+
+def test_one_of_the_last_step_on_record_is_taken(tmp_path: Path) -> None:
+    found = Checkpoints(saved(tmp_path, 10, 20), read, print, lambda: 20).newest()
+    assert found is not None and found[0] == 20

@@ -124,7 +124,7 @@ class Attempt:
         elif isinstance(message, BlockDone):
             self._blocks.add(message.wall_s, traced=seen.phase is Phase.tracing)
             seen.phase, seen.detail = Phase.stepping, ""
-            seen.step = message.first_step + message.num_steps
+            seen.step = message.last_step
             self.made_steps = True
         elif isinstance(message, Ended):
             seen.ended = message.outcome

@@ -152,6 +152,11 @@ class BlockDone(Message):
     learning_rate: tuple[float, ...] = ()
     skipped_steps: tuple[int, ...] = ()
 
+    @property
+    def last_step(self) -> int:
+        """The last step that is done."""
+        return self.first_step + self.num_steps
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Message):

@@ -182,10 +182,17 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def newest_valid(checkpoints_dir: Path) -> Search:
-    """Find the newest checkpoint whose every byte is as written."""
+def newest_valid(checkpoints_dir: Path, up_to: int | None = None) -> Search:
+    """Find the newest checkpoint whose every byte is as written.
+
+    Args:
+        checkpoints_dir: the folder of all checkpoints.
+        up_to: look at none of a later step.
+    """
     damaged = []
     for path in list_checkpoints(checkpoints_dir):
+        if up_to is not None and step_of(path) > up_to:
+            continue
         try:
             verify(path)
         except ValueError as error:
