@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -12,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.chaos import chaos
+from orchestrator.control import folders, worker_process
 from orchestrator.control.launcher import Zygote, start_zygote
-from orchestrator.control.supervisor import Supervisor
 from orchestrator.errors import ConfigError, ExitCode
-from orchestrator.train import store
 from tests.faults.chaos_rig import MINE, CutOff, Here, planted
 
 ROOT = Path(__file__).parents[2]
@@ -73,41 +73,17 @@ def test_a_restart_that_goes_on_otherwise_is_found(run: Run, fault: str, what: s
 def test_a_chief_that_outlives_its_attempt_can_commit_nothing_but_without_fencing(
     run: Run, monkeypatch: pytest.MonkeyPatch, is_buried: bool
 ) -> None:
+    # Its agent is frozen with it.
+    monkeypatch.setattr(worker_process, "_STOPPED_S", math.inf)
     if not is_buried:
-        monkeypatch.setattr(Supervisor, "_bury", lambda self, number: None)
-    patience = "recovery.step_patience_s=1"
+        monkeypatch.setattr(folders, "_take_away", lambda path: None)
+    patience = "recovery.step_patience_s=3"
     code, out = run("chaos.faults=[stale_chief]", patience, kind=CutOff)
     committed = "attempt 1 committed step-" in out
     assert committed is not is_buried, out
     # Here it cannot be ended; that it outlives its attempt is told, too.
     assert committed or "the chief of attempt 1 outlived it" in out
     assert code is ExitCode.DIFFERENCE
-
-
-@pytest.mark.parametrize("is_careless", [False, True])
-def test_a_rename_before_the_data_is_on_the_disk_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_careless: bool
-) -> None:
-    done: list[tuple[str, str]] = []
-    rename = os.rename
-
-    def noted_rename(source: Path, target: Path) -> None:
-        done.append(("rename", Path(target).name))
-        rename(source, target)
-
-    def noted_fsync(descriptor: int) -> None:
-        done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
-
-    monkeypatch.setattr(os, "rename", noted_rename)
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    if is_careless:
-        monkeypatch.setattr(store, "_flush", lambda path: None)
-    staged, target = tmp_path / "staged", tmp_path / "step-00000020"
-    staged.mkdir()
-    (staged / "variables").write_bytes(b"x")
-    store.commit(staged, target, {})
-    before = [name for what, name in done[: done.index(("rename", target.name))]]
-    assert is_careless is not {"variables", "manifest.json", "staged"}.issubset(before)
 
 
 def test_the_command_tells_by_its_exit_code(tmp_path: Path) -> None:
