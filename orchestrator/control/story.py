@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from orchestrator.spec.paths import RunPaths
 _TOLD_LINES = 4
 # Failures that are told besides the first one.
 _TOLD_OTHERS = 3
+_STORY_S = 1.5
+_KILLED_STORY_S = 0.3
 
 
 def start_failure(attempt: Attempt, error: ClusterError) -> Failed:
@@ -39,6 +42,18 @@ def start_failure(attempt: Attempt, error: ClusterError) -> Failed:
 def tells_all(failures: list[Failed | Death]) -> bool:
     """Tell whether one of the failures explains the others."""
     return any(_rank(failure) == 0 for failure in failures)
+
+
+def story_s(failures: list[Failed | Death]) -> float:
+    """Return how long the other workers may take to tell their story.
+
+    A process that was killed is nobody's victim: what came before it is on its way already.
+    """
+    was_killed = any(
+        isinstance(failure, Death) and failure.exit_status == -signal.SIGKILL
+        for failure in failures
+    )
+    return _KILLED_STORY_S if was_killed else _STORY_S
 
 
 def first_failure(attempt: Attempt, paths: RunPaths, checkpoint_step: int | None) -> Failure:

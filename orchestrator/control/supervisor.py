@@ -13,7 +13,13 @@ from orchestrator.control.group import WorkerGroup
 from orchestrator.control.next_attempt import NextAttempt
 from orchestrator.control.policy import Failure
 from orchestrator.control.sizing import Sizing
-from orchestrator.control.story import first_failure, growth_record, start_failure, tells_all
+from orchestrator.control.story import (
+    first_failure,
+    growth_record,
+    start_failure,
+    story_s,
+    tells_all,
+)
 from orchestrator.control.watch import Watchdog
 from orchestrator.errors import ClusterError, Interrupted
 from orchestrator.spec.messages import Cause, Draining, Message, Outcome, Phase, Request
@@ -21,8 +27,6 @@ from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
 _POLL_S = 0.2
-# After the first failure: how long the other workers may take to tell their story.
-_STORY_S = 1.5
 # How long a stop waits for the first block of an attempt, which may compile for minutes.
 _FIRST_BLOCK_S = 15.0
 
@@ -260,8 +264,8 @@ class Supervisor:
 
     def _hear_the_others(self, attempt: Attempt) -> None:
         """Wait a little: the first to be heard may be the victim of another's failure."""
-        deadline = self._clock() + _STORY_S
-        while self._clock() < deadline:
+        began = self._clock()
+        while self._clock() - began < story_s(attempt.failures):
             spoken = {failure.worker for failure in attempt.failures}
             if len(spoken) == self._plan.num_workers or tells_all(attempt.failures):
                 return
