@@ -93,7 +93,7 @@ def chaos(
     rows, differences = trial.disturbed(faults, undisturbed)
     certificate = Certificate(
         job=config.job.name,
-        command=" ".join(["chaos", *overrides]),
+        command=" ".join(["chaos", *(o for o in overrides if key_of(o) != "chaos.report")]),
         rows=rows,
         differences=differences,
         versions=_versions(undisturbed.paths),

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from orchestrator.chaos_command import Command
+from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.process_group import ProcessGroup
 from orchestrator.control.supervisor import Supervisor
@@ -70,13 +71,14 @@ class Here(Command):
     def observe(self, message: Message) -> None:
         self.journal.append(to_record(message))
 
-    def began(self, attempt: int, restore_from: str | None) -> None:
+    def began(self, attempt: int, restore_from: str | None, num_workers: int) -> None:
         self.journal.append(
             {
                 "kind": "AttemptStarted",
                 "time": time.time(),
                 "attempt": attempt,
                 "restore_from": restore_from,
+                "num_workers": num_workers,
             }
         )
 
@@ -114,11 +116,12 @@ class CutOff(Here):
 
 
 class _CutOffGroup(ProcessGroup):
+    _lost: tuple[Agent, ...] = ()
+
     def kill(self) -> None:
-        chief, *others = self._agents
-        for agent in others:
+        for agent in self._agents[1:]:
             agent.kill()
-        self._lost = [*getattr(self, "_lost", ()), chief]
+        self._lost += tuple(self._agents[:1])
         self._agents = []
 
     def reach(self) -> None:
