@@ -5,7 +5,6 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 
 from __future__ import annotations
 
-import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -15,18 +14,18 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.policy import Room
-from orchestrator.control.ray_agent import RayAgent
+from orchestrator.control.ray_agents import Agents
 from orchestrator.control.ray_answers import answers
 from orchestrator.control.ray_checks import check_nodes, clock_warning
 from orchestrator.control.ray_errors import why_lost
 from orchestrator.control.ray_join import LOOPBACK, join, start_local
 from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat
 from orchestrator.control.ray_nodes import bundle_of
+from orchestrator.control.ray_orders import order_worker
 from orchestrator.control.ray_places import Places
 from orchestrator.errors import ExportError, StartFailed
 from orchestrator.spec.messages import (
@@ -36,7 +35,6 @@ from orchestrator.spec.messages import (
     Message,
     Notice,
     Request,
-    WorkerOrder,
 )
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterConfig, ClusterName, StrategyName
@@ -73,12 +71,11 @@ class RayGroup:
             timed: shows a phase while a block runs.
         """
         self._config = config
-        self._zygote = zygote
+        self._agents = Agents(config, zygote)
         self._timed = timed
         self._attempt = 0
         self._plan: RunPlan | None = None
         self._places = Places(config)
-        self._warming: dict[str, tuple[Any, Any]] = {}
         self._seats: dict[int, Seat] = {}
         self._addresses: tuple[str, ...] = ()
         self._listener: Listener | None = None
@@ -128,15 +125,7 @@ class RayGroup:
 
     def prepare(self, plan: RunPlan) -> bool:
         """Let TensorFlow be imported where there is room but no worker; tell whether it is."""
-        if not self._config.fork:
-            return True
-        for node in self._places.spare_nodes(plan):
-            if node not in self._warming:
-                strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-                agent = self._make_agent(plan, 0, num_cpus=0, scheduling_strategy=strategy)
-                self._warming[node] = agent, agent.warm_up.remote(wait=True)
-        waiting = [ref for _, ref in self._warming.values()]
-        return not waiting or not ray.wait(waiting, num_returns=len(waiting), timeout=0)[1]
+        return self._agents.warm(plan, self._places.spare_nodes(plan))
 
     def poll(self, timeout_s: float) -> list[Message]:
         """Wait until any agent has heard something; a lost agent is a `Death`."""
@@ -198,7 +187,7 @@ class RayGroup:
             if self._listener is not None:
                 self._listener.close()
             if ray.is_initialized():
-                self._end_warming()
+                self._agents.end_warming()
                 self._leave()
                 ray.shutdown()
         finally:
@@ -250,7 +239,7 @@ class RayGroup:
 
     def _place(self, plan: RunPlan, avoid: frozenset[str]) -> None:
         """Have an agent for each worker, on nodes that are alive and not to be avoided."""
-        self._end_warming()
+        self._agents.end_warming()
         if not self._places.hold(plan, avoid):
             self._leave()
             self._places.take(plan, avoid)
@@ -266,11 +255,6 @@ class RayGroup:
             ray.kill(seat.actor)
         self._seats = {}
         self._places.release()
-
-    def _end_warming(self) -> None:
-        for agent, _ in self._warming.values():
-            ray.kill(agent)
-        self._warming = {}
 
     def _attend(self) -> None:
         """Begin to listen to the agents that are new, and to tell them that the driver lives."""
@@ -290,7 +274,7 @@ class RayGroup:
     def _seat(self, plan: RunPlan, worker: int) -> Seat:
         """Put an agent into a worker's bundle."""
         bundle = bundle_of(plan)
-        actor = self._make_agent(
+        actor = self._agents.make(
             plan,
             worker,
             num_cpus=bundle["CPU"],
@@ -298,19 +282,6 @@ class RayGroup:
             scheduling_strategy=self._places.strategy(worker),
         )
         return Seat(worker, actor)
-
-    def _make_agent(self, plan: RunPlan, worker: int, **options: Any) -> Any:
-        return (
-            ray.remote(RayAgent)
-            .options(max_restarts=0, max_concurrency=8, **options)
-            .remote(
-                worker,
-                plan.run,
-                zygote=str(self._zygote.socket_path) if self._zygote is not None else None,
-                use_fork=self._config.fork,
-                driver_silence_s=self._config.driver_silence_s,
-            )
-        )
 
     def _describe_nodes(self) -> None:
         nodes = self._get(
@@ -321,40 +292,28 @@ class RayGroup:
         check_nodes(Agent.describe_here(), nodes)
 
     def _start_processes(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
-        addresses: tuple[str, ...] = ()
-        if plan.config.strategy.name is StrategyName.multi_worker:
-            first, last = map(int, self._config.port_range.split("-"))
-            ports = self._reserve_ports(first, last)
-            hosts = [LOOPBACK if self._is_local else seat.node["ip"] for seat in self._ordered]
-            addresses = tuple(f"{host}:{port}" for host, port in zip(hosts, ports, strict=True))
-        self._addresses = addresses
-        starting = {}
-        for seat in self._ordered:
-            gpus = seat.node["visible_gpus"] if plan.device_kind == "GPU" else ""
-            order = WorkerOrder(
-                plan=plan,
-                worker=seat.worker,
-                attempt=attempt,
-                addresses=addresses,
-                visible_gpus=gpus,
-                restore_from=restore_from,
-            )
-            starting[seat.worker] = seat.actor.start.remote(
-                pickle.dumps(order),
-                attempt,
-                str(plan.paths.worker_log(attempt, seat.worker)),
-                str(plan.paths.worker_stacks(attempt, seat.worker)),
-                list(plan.config.code_dirs),
-            )
+        self._addresses = self._reserve_addresses(plan)
+        starting = {
+            seat.worker: order_worker(seat, plan, attempt, restore_from, self._addresses)
+            for seat in self._ordered
+        }
         for seat, pid in zip(self._ordered, self._get(starting), strict=True):
             seat.pid = pid
 
-    def _reserve_ports(self, first: int, last: int) -> list[int]:
-        """Reserve one port after another: agents of one node must not try the same one at once."""
-        return [
-            self._get({seat.worker: seat.actor.reserve_port.remote(first, last)})[0]
-            for seat in self._ordered
-        ]
+    def _reserve_addresses(self, plan: RunPlan) -> tuple[str, ...]:
+        """Reserve a port for each worker, where TensorFlow needs one.
+
+        One after another: agents of one node must not try the same one at once.
+        """
+        if plan.config.strategy.name is not StrategyName.multi_worker:
+            return ()
+        first, last = map(int, self._config.port_range.split("-"))
+        addresses = []
+        for seat in self._ordered:
+            (port,) = self._get({seat.worker: seat.actor.reserve_port.remote(first, last)})
+            host = LOOPBACK if self._is_local else seat.node["ip"]
+            addresses.append(f"{host}:{port}")
+        return tuple(addresses)
 
     def _agent_lost(self, lost: Lost) -> Death:
         assert self._plan is not None
