@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,9 +22,6 @@ from orchestrator.train.checkpoint import local_value, write_bundle
 from orchestrator.train.pace import make_pace
 from orchestrator.train.rename import remove
 from orchestrator.train.report import Reporter
-
-# Training goes first where both want the same core.
-_NICE = 10
 
 
 class Saver:
@@ -82,9 +76,7 @@ class Saver:
         self._max_failed = max_failed
         self._before_commit = before_commit
         self._clock = clock
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="saver", initializer=_give_way_to_training
-        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
 
     def require_staging(self) -> None:
@@ -256,12 +248,6 @@ def _lack_of_space(
 def _num_bytes(variable: keras.Variable) -> int:
     dtype = tf.as_dtype(variable.dtype)
     return int(dtype.size * tf.TensorShape(variable.shape).num_elements())
-
-
-def _give_way_to_training() -> None:
-    """Lower this thread's priority: Linux keeps one for every thread."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _one_line(error: Exception) -> str:
