@@ -52,6 +52,9 @@ from orchestrator.train.stream_feeder import make_feeder
 from orchestrator.train.streams import StreamSource
 from orchestrator.train.substitutions import substitute
 
+# How long the story of an error waits for a checkpoint that is being written.
+_SAVE_PATIENCE_S = 10.0
+
 
 def run(
     order: WorkerOrder,
@@ -105,6 +108,11 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
     parts = _assemble(order, reporter, pending, made)
     try:
         outcome, step = Loop(parts).run(start_step)
+    except Exception:
+        if parts.saver is not None:
+            # What is being written is good: the attempt's end would take it along.
+            parts.saver.is_busy(_SAVE_PATIENCE_S)
+        raise
     finally:
         if parts.profile is not None:
             parts.profile.close()

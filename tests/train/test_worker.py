@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,24 @@ def test_compiling_in_the_midst_of_steps_is_told_as_tracing(tmp_path: Path) -> N
     phases = [(m.phase, m.detail) for m in only(told, Beacon) if m.begins]
     at = phases.index((Phase.tracing, "XLA"))
     assert phases[at - 1][0] is Phase.tracing and phases[at + 1][0] is Phase.stepping
+
+
+def test_a_checkpoint_that_is_being_written_is_not_lost_with_an_error(tmp_path: Path) -> None:
+    folder = tiny_plan(tmp_path).paths.chaos_dir
+    folder.mkdir(parents=True)
+    (folder / "hold-save").touch()
+
+    def release(message: Message) -> None:
+        if isinstance(message, BlockDone) and message.last_step > 6:  # the error follows
+            threading.Timer(0.5, (folder / "release-save").touch).start()
+
+    told = live(
+        tmp_path,
+        on_message=release,
+        job__class_name="tests.train.faulty.Poisoned",
+        job__args={"steps": [7]},
+        checkpoint__every_steps=6,
+        chaos__step_ms=0.0,
+    )
+    kinds = [type(message) for message in told if isinstance(message, Saved | Failed)]
+    assert kinds == [Saved, Failed]
