@@ -1,8 +1,8 @@
 """Outlives a driver that is killed, and ends the record of its run: no run stays RUNNING for ever.
 
-A shell waits at the other end of a pipe, in a session of its own and so out of reach of what ends
-the driver's process group; it becomes `python -m orchestrator.guardian` only when the pipe breaks
-without a word.
+A shell waits at the other end of a pipe, in a session of its own and adopted by init, and so out of
+reach of what ends the driver's process group and its children. It becomes
+`python -m orchestrator.guardian` only when the pipe breaks without a word.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _ARTIFACTS_VARIABLE = "ORCHESTRATOR_GUARDED_ARTIFACTS"
 # Who restarts a driver at once, as a retry loop does, goes on with the run: nothing is to be ended.
 _GRACE_S = 3.0
 _DEADLINE_S = 60.0
-_WAIT = 'read -r _ && exit 0; exec "$@"'
+# In the background, so that init adopts it: Ray's job stop ends a driver's children too. A job in
+# the background would read from /dev/null, hence the other descriptor.
+_WAIT = 'exec 3<&0; { read -r _ <&3 && exit 0; exec "$@" 3<&-; } &'
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.guardian import CAUSE
@@ -142,9 +143,18 @@ def test_a_run_that_was_taken_up_again_is_left_alone(root: Path, uri: str) -> No
     assert status_in_mlflow(uri) == "FINISHED"
 
 
+def test_a_guardian_is_no_child_of_the_driver(root: Path, uri: str) -> None:
+    driver = start_driver(root, uri, "untracked")
+    (guardian,) = guardians(root)
+    assert psutil.Process(guardian).ppid() != driver.pid
+    assert os.getsid(guardian) != os.getsid(driver.pid)
+    driver.communicate()
+    eventually(lambda: not list(guardians(root)))
+
+
 def test_a_driver_that_ends_by_itself_leaves_no_guardian(root: Path, uri: str) -> None:
     driver = start_driver(root, uri, "untracked")
     assert list(guardians(root))
     driver.communicate()
-    assert not list(guardians(root))
+    eventually(lambda: not list(guardians(root)))
     assert [end["status"] for end in ends(root)] == ["FINISHED"]
