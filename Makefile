@@ -44,7 +44,7 @@ config: .venv/.stamp-$(device) ## Print the resolved configuration of a job: con
 verify: .venv/.stamp-$(device) ## Prove that N workers compute what one computes: conf=mnist
 	$(orchestrator) verify $(job) $(args)
 
-chaos: .venv/.stamp-$(device) ## Prove that failures change nothing: conf=mnist args="chaos.full=true"
+chaos: .venv/.stamp-$(device) ## Prove that failures change nothing: conf=mnist
 	$(orchestrator) chaos $(job) $(args)
 
 ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface

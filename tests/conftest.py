@@ -1,4 +1,7 @@
-"""What holds for every test: no process outlives the session, and no skip goes unnoticed in CI."""
+"""What holds for every test: no process outlives the session, and no skip goes unnoticed in CI.
+
+`FAULTS=all` runs the thorough tests too, which take minutes.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,20 @@ def _end_session(signum: int, _frame: FrameType | None) -> None:
 
 
 _main_pid = os.getpid()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: takes long; run with FAULTS=all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, unless it is asked for."""
+    if os.environ.get("FAULTS") == "all":
+        return
+    thorough = [item for item in items if item.get_closest_marker("thorough")]
+    if thorough:
+        config.hook.pytest_deselected(items=thorough)
+        items[:] = [item for item in items if item not in thorough]
 
 
 def pytest_sessionstart() -> None:

@@ -50,6 +50,7 @@ class Places:
     def room(self, plan: RunPlan) -> Room:
         """Count the workers that fit on each host, with the places that are held already."""
         placement = self._config.placement
+        self._follow()
         return count_room(plan, placement, self._living(), free_resources(), self._nodes)
 
     def hosts(self) -> dict[int, str]:
@@ -71,6 +72,7 @@ class Places:
 
     def hold(self, plan: RunPlan, avoid: frozenset[str]) -> bool:
         """Tell whether each worker of a plan has a place on a host that is good."""
+        self._follow()
         enough = self._group is not None and len(self._nodes) == plan.num_workers
         return enough and not self._bad(avoid) & set(self._nodes)
 
@@ -126,6 +128,14 @@ class Places:
         if self._config.name is not ClusterName.existing:
             return True
         return worker < len(self._nodes) and self._nodes[worker] in self._living()
+
+    def _follow(self) -> None:
+        """Note which places Ray has moved: it replaces those of a dead node by itself."""
+        if self._group is None:
+            return
+        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        # A place that has no new node yet is still the one on the old, which is gone.
+        self._nodes = [nodes.get(worker) or node for worker, node in enumerate(self._nodes)]
 
     def _bad(self, avoid: frozenset[str]) -> set[str]:
         """Return the nodes that may get no worker."""

@@ -109,7 +109,9 @@ def test_ctrl_c_saves_when_the_worker_has_the_main_thread(tmp_path: Path) -> Non
     assert newest_valid(run.checkpoints_dir).path is not None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.thorough)]
+)
 def test_other_signals_save_too(tmp_path: Path, number: signal.Signals) -> None:
     process = rig.start("train", *rig.JOB, *SLOW, cwd=tmp_path)
     run = rig.wait_for_step(tmp_path, 8)
@@ -134,6 +136,7 @@ def test_a_second_ctrl_c_ends_it_now_and_leaves_no_process(tmp_path: Path) -> No
     assert rig.database(tmp_path)[0]["status"] == "KILLED"
 
 
+@pytest.mark.thorough
 def test_a_killed_worker_costs_a_restart_and_changes_nothing(tmp_path: Path) -> None:
     two = ("strategy=multi_worker", "strategy.num_workers=2", "checkpoint.every_steps=20")
     process = rig.start("train", *rig.JOB, *SLOW, *two, cwd=tmp_path)

@@ -152,7 +152,14 @@ def test_an_export_that_answers_otherwise_is_refused(one_device: Ended, tmp_path
     assert not (export / "mlflow_model").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.thorough),
+    ],
+)
 def test_the_interface_lands_on_the_runs_and_ends_its_server(
     one_device: Ended, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -1,8 +1,7 @@
-"""What holds for every fault: nothing is left behind. `FAULTS=all` runs the thorough tests too."""
+"""What holds for every fault: nothing is left behind."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,20 +18,6 @@ __all__ = ["mlflow_server", "ray_cluster"]
 # How long what is on its way out may take: a guardian first waits whether the run goes on, then
 # tells MLflow how it has ended.
 _GRACE_S = 25.0
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "thorough: takes long; run with FAULTS=all")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes minutes, unless it is asked for."""
-    if os.environ.get("FAULTS") == "all":
-        return
-    thorough = [item for item in items if item.get_closest_marker("thorough")]
-    if thorough:
-        config.hook.pytest_deselected(items=thorough)
-        items[:] = [item for item in items if item not in thorough]
 
 
 @pytest.fixture(autouse=True)

@@ -197,6 +197,7 @@ def test_signs_of_life_do_not_fill_the_journal(troubles: Troubles) -> None:
     assert rig.records(run, "Stacks") == []
 
 
+@pytest.mark.thorough
 def test_what_takes_its_time_is_no_stall(tmp_path: Path) -> None:
     # Everything takes longer than the patience with steps, and nothing tells of it by itself.
     long_s = PATIENCE_S + 1.0

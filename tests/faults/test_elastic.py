@@ -24,6 +24,11 @@ ELASTIC = ("strategy.num_workers=3", "strategy.min_workers=2")
 _PATIENCE_S = 120.0
 
 
+@pytest.fixture(autouse=True)
+def leftovers() -> None:
+    """Let the run live on from test to test; `Hosts.close` leaves nothing behind."""
+
+
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     """Three hosts with room for a worker each."""

@@ -67,6 +67,11 @@ class Training:
         return float(began[0]["time"])
 
 
+@pytest.fixture(autouse=True)
+def leftovers() -> None:
+    """Let the run live on from test to test; `Hosts.close` leaves nothing behind."""
+
+
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     """Three hosts; each test leaves them as they were."""
