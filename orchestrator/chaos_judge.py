@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.comparison import Lineage, lineage
+from orchestrator.spec.messages import NO_ATTEMPT
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import read
 from orchestrator.train import store
@@ -124,7 +125,7 @@ def _late_words(records: Sequence[Mapping[str, Any]]) -> list[Difference]:
         attempt = record.get("attempt", newest)
         if record["kind"] == "AttemptStarted":
             newest = attempt
-        elif attempt < newest and record["kind"] not in ("Death", "Failed"):
+        elif NO_ATTEMPT < attempt < newest and record["kind"] not in ("Death", "Failed"):
             text = f"journal: attempt {attempt} wrote {record['kind']} after it was over"
             return [Difference(text)]
     return []

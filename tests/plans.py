@@ -89,6 +89,7 @@ def tiny_config(**changes: Any) -> s.RunConfig:
             experiment=None,
             required=False,
             log_every_steps="auto",
+            system_metrics_every_s=None,
             timeout_s=5.0,
             journal_patience_s=60.0,
         ),

@@ -16,9 +16,10 @@ from typing import Any
 
 from orchestrator.control import launcher
 from orchestrator.control.launcher import Child, Launch
+from orchestrator.control.sampler import Sampler
 from orchestrator.control.worker_process import WorkerProcess
 from orchestrator.errors import StartFailed
-from orchestrator.spec.messages import Message, Request
+from orchestrator.spec.messages import NO_ATTEMPT, Message, Request
 
 _PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy")
 _WATCH_INTERVAL_S = 0.2
@@ -62,6 +63,7 @@ class Agent:
         self._driver_silence_s = driver_silence_s
         self._reserved: socket.socket | None = None
         self._process: WorkerProcess | None = None
+        self._sampler: Sampler | None = None
         self._inbox: list[Message] = []
         self._arrived = threading.Condition()
         self._last_heard = time.monotonic()
@@ -182,6 +184,19 @@ class Agent:
         if self._process is not None:
             self._process.request(request)
 
+    def sample_node(self, name: str | None, every_s: float | None) -> None:
+        """Tell from now on how busy this node is, also while no worker runs.
+
+        Args:
+            name: of the node in the record; None to tell nothing more.
+            every_s: seconds between two samples; None for none.
+        """
+        if self._sampler is not None:
+            self._sampler.stop()
+        self._sampler = None
+        if name is not None:
+            self._sampler = Sampler(self._worker, name, every_s, self._deliver)
+
     def prove_export(self, export_dir: str, log: str) -> None:
         """Check an export in a process without the project's code; it writes down what it found."""
         own = _own_paths([])
@@ -213,7 +228,7 @@ class Agent:
         if process is not None:
             process.kill()
         with self._arrived:
-            self._inbox = []
+            self._inbox = [told for told in self._inbox if told.attempt == NO_ATTEMPT]
 
     def _launch(self, launch: Launch, fds: tuple[int, ...]) -> Child:
         if self._use_fork:

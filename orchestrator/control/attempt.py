@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.spec.messages import (
+    NO_ATTEMPT,
     Beacon,
     BlockDone,
     Death,
@@ -104,6 +105,8 @@ class Attempt:
 
     def observe(self, message: Message, now: float) -> None:
         """Take note of what a worker told."""
+        if message.attempt == NO_ATTEMPT:
+            return  # it is a node that tells, not the worker
         seen = self.workers[message.worker]
         if isinstance(message, Stacks):
             seen.stacks = message.text  # it is the agent that tells

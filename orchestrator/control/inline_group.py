@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from orchestrator.control.agent import Agent
 from orchestrator.control.policy import Room
+from orchestrator.control.sampler import Sampler
 from orchestrator.spec.messages import Message, Request, WorkerOrder
 from orchestrator.spec.plan import RunPlan
 
@@ -33,6 +34,7 @@ class InlineGroup:
         self._orders: queue.SimpleQueue[WorkerOrder | None] = queue.SimpleQueue()
         self._told: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._asked: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._sampler: Sampler | None = None
         self._idle = threading.Event()
         self._idle.set()
 
@@ -74,6 +76,9 @@ class InlineGroup:
         self._plan = plan
         sys.path[:0] = [path for path in plan.config.code_dirs if path not in sys.path]
         _drained(self._asked)
+        if self._sampler is None:
+            every_s = plan.config.tracking.system_metrics_every_s
+            self._sampler = Sampler(0, socket.gethostname(), every_s, self._tell_all)
         self._idle.clear()
         self._orders.put(
             WorkerOrder(
@@ -129,7 +134,13 @@ class InlineGroup:
         _drained(self._told)
 
     def close(self) -> None:
-        """Do nothing: nothing outlives an attempt."""
+        """Let the node rest."""
+        if self._sampler is not None:
+            self._sampler.stop()
+
+    def _tell_all(self, messages: list[Message]) -> None:
+        for message in messages:
+            self._told.put(message)
 
 
 Item = TypeVar("Item")

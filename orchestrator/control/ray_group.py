@@ -27,8 +27,10 @@ from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat
 from orchestrator.control.ray_nodes import bundle_of
 from orchestrator.control.ray_orders import order_worker
 from orchestrator.control.ray_places import Places
+from orchestrator.control.ray_samplers import Samplers
 from orchestrator.errors import ExportError, StartFailed
 from orchestrator.spec.messages import (
+    NO_ATTEMPT,
     Cause,
     Death,
     Draining,
@@ -76,6 +78,7 @@ class RayGroup:
         self._attempt = 0
         self._plan: RunPlan | None = None
         self._places = Places(config)
+        self._samplers = Samplers()
         self._seats: dict[int, Seat] = {}
         self._addresses: tuple[str, ...] = ()
         self._listener: Listener | None = None
@@ -109,6 +112,7 @@ class RayGroup:
             self._place(plan, avoid)
             self._describe_nodes()
             self._attend()
+            self._samplers.assign(self._ordered, plan.config.tracking.system_metrics_every_s)
         with self._timed("importing TensorFlow"):
             self._get({seat.worker: seat.actor.warm_up.remote() for seat in self._ordered})
             self._start_processes(plan, attempt, restore_from)
@@ -137,7 +141,7 @@ class RayGroup:
             if isinstance(heard, Drained):
                 messages += self._draining(heard)
             elif not isinstance(heard, Lost):
-                messages += [heard] if heard.attempt == self._attempt else []
+                messages += [heard] if heard.attempt in (self._attempt, NO_ATTEMPT) else []
             elif self._seats.get(heard.seat.worker) is heard.seat:
                 messages.append(self._agent_lost(heard))
         return messages

@@ -33,6 +33,7 @@ class Seat:
 
     Attributes:
         node: what its agent told of the node.
+        samples: the name under which its agent samples the node; None if it does not.
         pid: of the worker's process, on that node.
         poll: the open poll.
         stamp: the agent's clock in its last answer.
@@ -44,6 +45,7 @@ class Seat:
     worker: int
     actor: Any
     node: dict[str, Any] = field(default_factory=dict)
+    samples: str | None = None
     pid: int = 0
     poll: Any = None
     stamp: float = 0.0

@@ -65,6 +65,10 @@ class Outcome(Enum):
     stopped = "stopped"
 
 
+# What is told of a node, and not of what one attempt does there.
+NO_ATTEMPT = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """What every record carries."""
@@ -217,6 +221,40 @@ class Notice(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFound(Message):
+    """What a node is; told by the agent that samples it, of no attempt.
+
+    Attributes:
+        node: its name in the record; unique within a run.
+        system: kernel and machine.
+        processor: the model's name.
+        num_cpus: logical ones.
+        memory_bytes: of the whole node.
+        gpus: their names, whether this run uses them or not; empty where NVML is not there.
+    """
+
+    node: str
+    system: str
+    processor: str
+    num_cpus: int
+    memory_bytes: int
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSampled(Message):
+    """How busy a node is, whoever keeps it busy; told by the agent that samples it, of no attempt.
+
+    Attributes:
+        node: as `NodeFound` names it.
+        values: by MLflow's own names of its system metrics, such as `cpu_utilization_percentage`.
+    """
+
+    node: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draining(Message):
     """The worker's node is to be left; made by the group.
 
@@ -304,6 +342,8 @@ MESSAGE_KINDS: dict[str, type[Message]] = {
         SaveFailed,
         Exported,
         Notice,
+        NodeFound,
+        NodeSampled,
         Draining,
         Failed,
         Ended,

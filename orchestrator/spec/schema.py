@@ -286,6 +286,7 @@ class TrackingConfig:
     experiment: str | None
     required: bool
     log_every_steps: str  # "auto" or a number
+    system_metrics_every_s: float | None
     timeout_s: float
     journal_patience_s: float
 

@@ -97,6 +97,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("train.block_s", config.train.block_s),
         ("checkpoint.every_s", config.checkpoint.every_s),
         ("cluster.start_timeout_s", config.cluster.start_timeout_s),
+        ("tracking.system_metrics_every_s", config.tracking.system_metrics_every_s),
         ("tracking.timeout_s", config.tracking.timeout_s),
         ("tracking.journal_patience_s", config.tracking.journal_patience_s),
         ("chaos.step_ms", config.chaos.step_ms),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from orchestrator.spec.messages import Phase
+from orchestrator.spec.messages import NO_ATTEMPT, Phase
 
 _CHIEF = 0
 
@@ -84,6 +84,8 @@ class Goodput:
     def feed(self, record: Mapping[str, Any]) -> None:
         """Take the next record; records of other workers and without a time tell nothing here."""
         time, worker = record.get("time"), record.get("worker", _CHIEF)
+        if record.get("attempt") == NO_ATTEMPT:
+            return  # a node tells, whatever its workers do
         if time is None or (worker != _CHIEF and record["kind"] not in ("Failed", "Death")):
             return
         match record["kind"]:

@@ -50,6 +50,7 @@ class Points:
         self._last_step = 0
         self._last_ended = 0
         self._goodput = Goodput()
+        self._num_samples: dict[str, int] = {}
 
     def feed(self, record: Mapping[str, Any]) -> list[Point]:
         """Take the next record and return the points that it completes."""
@@ -66,6 +67,8 @@ class Points:
                 yield from self._block(record)
             case "Evaluated":
                 yield from self._evaluated(record)
+            case "NodeSampled":
+                yield from self._sampled(record)
             case "RunEnded":
                 if self._waiting:
                     self._choose(self._waiting[-1])
@@ -118,6 +121,17 @@ class Points:
         self._last_evaluated = step
         for name, value in record["metrics"].items():
             yield Point(f"eval/{name}", value, _milliseconds(record), step)
+
+    def _sampled(self, record: Mapping[str, Any]) -> Iterator[Point]:
+        """Tell how busy a node is; here a step is a sample, counted over all attempts.
+
+        MLflow's own monitor counts in the same way (mlflow 3.17, system_metrics_monitor.py).
+        """
+        node = record["node"]
+        number = self._num_samples.get(node, 0)
+        self._num_samples[node] = number + 1
+        for name, value in record["values"].items():
+            yield Point(f"system/{node}/{name}", value, _milliseconds(record), number)
 
 
 def auto_window(steps_per_s: float) -> int:

@@ -202,6 +202,7 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("checkpoint.every_s=0", ("checkpoint.every_s=0", "greater than 0")),
     ("checkpoint.every_steps=0", ("checkpoint.every_steps=0", "at least 1")),
     ("checkpoint.keep=0", ("checkpoint.keep=0", "at least 1")),
+    ("tracking.system_metrics_every_s=0", ("system_metrics_every_s=0", "greater than 0")),
     ("tracking.log_every_steps=0", ("tracking.log_every_steps=0", "auto", "from 1")),
     ("recovery.max_restarts=1000000", ("recovery.max_restarts=1000000", "at most 1000")),
     ("recovery.max_node_restarts=-1", ("recovery.max_node_restarts=-1", "at least 0", "null")),

@@ -184,3 +184,24 @@ def test_where_the_time_went_is_told_once_for_each_step_at_which_the_run_has_end
 
 def test_a_run_without_a_step_tells_nothing_of_its_time() -> None:
     assert feed(4, {"kind": "RunStarted", "time": 0.0}, ENDED) == []
+
+
+def sampled(node: str, time: float, cpu: float) -> dict[str, Any]:
+    values = {"cpu_utilization_percentage": cpu, "gpu_0_utilization_percentage": 50.0}
+    origin = {"worker": 0, "attempt": 0, "time": time, "node": node}
+    return {"kind": "NodeSampled", **origin, "values": values}
+
+
+def test_samples_of_a_node_are_counted_over_restarts_and_stops() -> None:
+    again = {"kind": "RunStarted", "time": 3.0, "format": 1, "facts": {}}
+    points = feed(
+        4,
+        *(sampled("a", 1.0, 10.0), sampled("b", 1.5, 90.0), sampled("a", 2.0, 20.0)),
+        *(ENDED | {"status": "KILLED"}, again, sampled("a", 4.0, 30.0)),
+    )
+    assert [point for point in points if point.key == "system/a/cpu_utilization_percentage"] == [
+        Point("system/a/cpu_utilization_percentage", 10.0, 1000, 0),
+        Point("system/a/cpu_utilization_percentage", 20.0, 2000, 1),
+        Point("system/a/cpu_utilization_percentage", 30.0, 4000, 2),
+    ]
+    assert series(points, "system/b/gpu_0_utilization_percentage") == [(0, 50.0)]
