@@ -22,6 +22,7 @@ from orchestrator.errors import ExitCode, OrchestratorError, StorageError
 from orchestrator.guardian import guarded
 from orchestrator.job_code import job_sources, keep_code
 from orchestrator.lease import Lease
+from orchestrator.provenance import keep_changes
 from orchestrator.runs import (
     Past,
     compare,
@@ -149,10 +150,12 @@ def _begin(config: RunConfig, cwd: Path, stack: ExitStack) -> RunPaths:
 
 
 def _keep_code(plan: RunPlan, past: Past | None) -> list[str]:
-    """Keep the job's source files; return what has changed in them since the run was started."""
+    """Keep the job's source files, and what is in no commit; return what has changed in them."""
     sources = job_sources(plan.config.job.class_name, plan.config.code_dirs)
+    attempt = 1 + (past.attempts if past is not None else 0)
     try:
-        changed = keep_code(sources, plan.paths, 1 + (past.attempts if past is not None else 0))
+        changed = keep_code(sources, plan.paths, attempt)
+        keep_changes(plan.config.code_dirs, plan.paths.uncommitted(attempt))
     except OSError as error:
         raise StorageError(f"cannot write in the run folder: {error}") from error
     return [changed] if changed else []

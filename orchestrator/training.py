@@ -19,7 +19,7 @@ from orchestrator.runs import (
 )
 from orchestrator.screen import Screen
 from orchestrator.signals import Stops
-from orchestrator.spec.config import PROJECT_DIR, flatten
+from orchestrator.spec.config import flatten
 from orchestrator.spec.describe import experiment_name
 from orchestrator.spec.messages import (
     BlockDone,
@@ -220,7 +220,7 @@ def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
         register=config.export.register,
         params=flatten(config),
         tags={
-            **provenance(overrides, PROJECT_DIR),
+            **provenance(overrides, config.code_dirs),
             "orchestrator.strategy": config.strategy.name.value,
             "orchestrator.replicas": str(plan.num_replicas),
             "orchestrator.tracking_uri": mask_text(plan.tracking_uri),

@@ -107,6 +107,20 @@ class RunPaths:
         """How the job's source files had changed when an attempt was the next one."""
         return self.root / f"code-before-attempt-{attempt}.diff"
 
+    def uncommitted(self, attempt: int) -> Path:
+        """What of the code was in no commit when an attempt was the next one."""
+        return self.root / f"uncommitted-before-attempt-{attempt}.diff"
+
+    @property
+    def diffs(self) -> list[Path]:
+        """Both kinds of differences, of all starts."""
+        return sorted(self.root.glob("*-before-attempt-*.diff"))
+
+    @property
+    def packages(self) -> Path:
+        """What was installed where the driver ran, one package and version a line."""
+        return self.root / "packages.txt"
+
     @property
     def compile_choice(self) -> Path:
         """What `train.compile=auto` has chosen, and where, JSON."""

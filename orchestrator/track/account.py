@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.track.goodput import Goodput
+from orchestrator.track.nodes import Nodes
 from orchestrator.track.points import Points
 
 _CHIEF = 0
@@ -37,6 +38,7 @@ class Account:
         attempts: how many groups of workers were started.
         last_step: the last step done.
         num_saved: checkpoints written.
+        nodes: that it was on.
         workers: host, devices and threads of each worker of the newest attempt.
         versions: of the packages in the workers.
         num_parameters: of the model; None before it was built.
@@ -58,6 +60,7 @@ class Account:
     attempts: int = 0
     last_step: int = 0
     num_saved: int = 0
+    nodes: Nodes = field(default_factory=Nodes)
     workers: dict[int, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     num_parameters: int | None = None
@@ -83,6 +86,8 @@ class Account:
                 self._attempt(record)
             case "Ready":
                 self._ready(record)
+            case "NodeFound":
+                self.nodes.add(record)
             case "DataUsed":
                 self.data[record["split"]] = record
             case "BlockDone" if record["worker"] == _CHIEF:

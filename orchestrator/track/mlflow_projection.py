@@ -18,7 +18,7 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.secrets import MASK, mask_text
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import read
-from orchestrator.track.mlflow_store import open_client
+from orchestrator.track.mlflow_client import open_client
 from orchestrator.track.mlflow_writer import Writer
 
 _FLUSH_S = 1.0
@@ -65,6 +65,7 @@ class Projection:
         """
         self._writer = Writer(facts, keep, notice, is_live=is_live)
         self._notice = notice
+        self._is_live = is_live
         self._ending = threading.Event()
         self._abandoned = threading.Event()
         self._missing = "MLflow was not reached"
@@ -100,6 +101,8 @@ class Projection:
         )
 
     def _work(self) -> None:
+        if self._is_live:
+            self._writer.keep_packages()
         while not self._ending.is_set():
             self._insist(self._writer.advance)
             self._ending.wait(_FLUSH_S)

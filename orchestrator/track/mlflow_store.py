@@ -6,27 +6,27 @@ calls decides whether to try again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.facts import RunFacts
+from orchestrator.track.mlflow_client import open_client
 from orchestrator.track.points import Point
 
 RUN_TAG = "orchestrator.run"
-_DESCRIPTION_TAG = "mlflow.note.content"
+DESCRIPTION_TAG = "mlflow.note.content"
 EXPORT_TAG = "orchestrator.export"
 DEGRADED_TAG = "orchestrator.degraded"
+HARDWARE_TAG = "orchestrator.hardware"
+_CHANGED_TAG = "orchestrator.changed."
 BATCH = 1000  # MLflow's own limit on the metrics of one request
-_PARAM_BATCH = 100
+_BATCH_OF_WORDS = 100  # params or tags of one request
 _MAX_VALUE = 6000
 _MAX_TAG = 5000
 _MAX_KEY = 250
@@ -34,44 +34,7 @@ _DIGEST_LENGTH = 32  # MLflow's column has room for 36
 # Uploads are answered when the server has stored them, which may take longer than other requests.
 _UPLOAD_TIMEOUT_S = 60
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-
-
-def open_client(uri: str, timeout_s: float) -> Any:
-    """Return a client that fails soon instead of retrying for minutes.
-
-    Variables such as MLFLOW_TRACKING_URI do not change where it writes.
-    """
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    # Only the screen draws.
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    import mlflow
-
-    # SQLite's migrations and the client's hints would land on the user's terminal.
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Registering a model asks the global address, not the client's: without this it would make a
-    # database in the working folder (mlflow 3.17, store/artifact/models_artifact_repo.py).
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    with _first_use(uri):
-        client = mlflow.MlflowClient(uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
-    return client
-
-
-@contextmanager
-def _first_use(uri: str) -> Iterator[None]:
-    """Let one process at a time make the tables of a SQLite file: two at once crash."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 class Store:
@@ -92,15 +55,17 @@ class Store:
         """
         self._facts = facts
         self._client = open_client(facts.tracking_uri, facts.timeout_s)
-        self.experiment_id = self._find_experiment()
-        run = self._find_run(known_run_id)
+        run = self._find_known(known_run_id)
+        # A run that is there stays where it is, whatever its experiment is called by now.
+        self.experiment_id = self._find_experiment() if run is None else str(run.info.experiment_id)
+        run = run or self._find_run()
         if run is None:
             tags = {RUN_TAG: facts.run}
             run = self._client.create_run(
                 self.experiment_id, start_time_ms, tags=tags, run_name=facts.run
             )
         self.run_id = str(run.info.run_id)
-        self._describe(run.data.params)
+        self._describe(run.data.params, run.data.tags)
 
     def _find_experiment(self) -> str:
         """Return the id of the experiment; one that was deleted is restored."""
@@ -120,8 +85,33 @@ class Store:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _find_run(self, known_run_id: str | None) -> Any:
-        """Return the run, restored if it was deleted, or None."""
+    def _find_known(self, run_id: str | None) -> Any:
+        """Return the run that the journal names, restored if it was deleted, or None."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id is None:
+            return None
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in _UNKNOWN:
+                raise
+            return None  # another store, or it was deleted for good
+        if run.data.tags.get(RUN_TAG) != self._facts.run:
+            return None
+        experiment = self._client.get_experiment(run.info.experiment_id)
+        if experiment.lifecycle_stage == "deleted":
+            self._client.restore_experiment(experiment.experiment_id)
+            run = self._client.get_run(run_id)
+        return self._restored(run)
+
+    def _restored(self, run: Any) -> Any:
+        if run.info.lifecycle_stage == "deleted":
+            self._client.restore_run(run.info.run_id)
+        return run
+
+    def _find_run(self) -> Any:
+        """Return the run by its tag, restored if it was deleted, or None."""
         from mlflow.entities import ViewType
 
         found = self._client.search_runs(
@@ -129,31 +119,32 @@ class Store:
             filter_string=f"tags.`{RUN_TAG}` = '{self._facts.run}'",
             run_view_type=ViewType.ALL,
         )
-        # Two can only be there if somebody made one by hand: the journal knows which is ours.
-        found.sort(key=lambda run: (run.info.run_id != known_run_id, run.info.start_time))
-        if not found:
-            return None
-        if found[0].info.lifecycle_stage == "deleted":
-            self._client.restore_run(found[0].info.run_id)
-        return found[0]
+        # Two can only be there if somebody made one by hand.
+        found.sort(key=lambda run: int(run.info.start_time))
+        return self._restored(found[0]) if found else None
 
-    def _describe(self, known_params: Mapping[str, str]) -> None:
-        """Log tags, and the params that are not there yet: a param cannot change."""
+    def _describe(self, params: Mapping[str, str], known_tags: Mapping[str, str]) -> None:
+        """Log tags, and the params that are not there yet: of one that differs, a tag tells it.
+
+        Args:
+            params: that MLflow has; they cannot change.
+            known_tags: that MLflow has.
+        """
         from mlflow.entities import Param, RunTag
 
-        wanted = {_legal(key): value for key, value in self._facts.params.items()}
-        params = [
-            Param(key, _shortened(value, _MAX_VALUE))
-            for key, value in wanted.items()
-            if key not in known_params
-        ]
-        for start in range(0, len(params), _PARAM_BATCH):
-            self._client.log_batch(self.run_id, params=params[start : start + _PARAM_BATCH])
-        tags = [
-            RunTag(_legal(key), _shortened(value, _MAX_TAG))
-            for key, value in self._facts.tags.items()
-        ]
-        self._client.log_batch(self.run_id, tags=tags[:_PARAM_BATCH])
+        wanted = {_legal(k): _shortened(v, _MAX_VALUE) for k, v in self._facts.params.items()}
+        missing = [Param(key, value) for key, value in wanted.items() if key not in params]
+        for start in range(0, len(missing), _BATCH_OF_WORDS):
+            self._client.log_batch(self.run_id, params=missing[start : start + _BATCH_OF_WORDS])
+        told = dict(self._facts.tags)
+        for key, value in wanted.items():
+            tag = f"{_CHANGED_TAG}{key}"
+            # One that is as it was at first again has a tag that says otherwise.
+            if tag in known_tags or params.get(key, value) != value:
+                told[tag] = value
+        tags = [RunTag(_legal(key), _shortened(value, _MAX_TAG)) for key, value in told.items()]
+        for start in range(0, len(tags), _BATCH_OF_WORDS):
+            self._client.log_batch(self.run_id, tags=tags[start : start + _BATCH_OF_WORDS])
 
     def send(self, points: Sequence[Point]) -> list[str]:
         """Send at most 1,000 points; return the keys of those that MLflow refuses for good."""
@@ -198,9 +189,9 @@ class Store:
         """Say that the run goes on."""
         self._client.update_run(self.run_id, status="RUNNING")
 
-    def tag_degraded(self, text: str) -> None:
-        """Say why the run cannot save its checkpoints, or with an empty text that it can."""
-        self._client.set_tag(self.run_id, DEGRADED_TAG, text[:_MAX_TAG])
+    def tag(self, key: str, text: str) -> None:
+        """Set a tag, or set it anew."""
+        self._client.set_tag(self.run_id, key, _shortened(text, _MAX_TAG))
 
     def end(self, status: str, time_ms: int | None) -> None:
         """Say how the run ended."""
@@ -208,21 +199,19 @@ class Store:
         self._client.set_tag(self.run_id, "orchestrator.resumable", resumable)
         self._client.set_terminated(self.run_id, status, time_ms)
 
-    def log_files(self, paths: RunPaths) -> None:
-        """Upload configuration, plan, overrides, the model's summary, report, logs and profile."""
+    def log_files(self, paths: RunPaths, nodes: Mapping[str, Any]) -> None:
+        """Upload what was run, the code of it, how it went, and what the nodes are."""
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(_UPLOAD_TIMEOUT_S)
-        texts = (paths.config, paths.overrides, paths.plan, paths.model_summary, paths.report)
-        for path in texts:
+        texts = [paths.config, paths.overrides, paths.plan, paths.model_summary, paths.report]
+        for path in [*texts, paths.packages, *paths.diffs]:
             if path.exists():
                 self._client.log_artifact(self.run_id, str(path))
-        folders = {"logs": paths.logs_dir, "plots": paths.plots_dir, "profile": paths.profile_dir}
-        for name, folder in folders.items():
+        if nodes:
+            self._client.log_text(self.run_id, json.dumps(nodes, indent=2), "nodes.json")
+        folders = (paths.logs_dir, paths.plots_dir, paths.profile_dir, paths.code_dir)
+        for folder in folders:
             if folder.exists():
-                self._client.log_artifacts(self.run_id, str(folder), name)
-
-    def describe(self, text: str) -> None:
-        """Set the run's description, Markdown."""
-        self._client.set_tag(self.run_id, _DESCRIPTION_TAG, _shortened(text, _MAX_TAG))
+                self._client.log_artifacts(self.run_id, str(folder), folder.name)
 
     def log_model(self, paths: RunPaths) -> str:
         """Log and register the packaged model, once for each packaging; return its address."""

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from orchestrator.errors import ConfigError, StorageError
-from orchestrator.track.mlflow_store import open_client
+from orchestrator.track.mlflow_client import open_client
 
 _HOST = "127.0.0.1"
 _FIRST_PORT, _LAST_PORT = 5000, 5099

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ from orchestrator.spec.secrets import mask_text
 from orchestrator.track.account import account
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Reader, read
-from orchestrator.track.mlflow_store import BATCH, Store
+from orchestrator.track.mlflow_store import (
+    BATCH,
+    DEGRADED_TAG,
+    DESCRIPTION_TAG,
+    HARDWARE_TAG,
+    Store,
+)
+from orchestrator.track.nodes import Nodes
 from orchestrator.track.points import Point, Points
 from orchestrator.track.report import summarise
 
@@ -53,9 +62,10 @@ class Writer:
         self._points = Points(self._facts.log_every_steps, self._facts.global_batch_size)
         self._unsent: list[Point] = []
         self._data: list[Mapping[str, Any]] = []
-        # What the tag says, and what it should say.
-        self._tagged: str | None = None
-        self._degraded: str | None = None
+        self._nodes = Nodes()
+        # What tags should say, and those that say something else still.
+        self._degraded = ""
+        self._untold: dict[str, str] = {}
         self._kept_window = False
         self._end_time_ms: int | None = None
 
@@ -85,9 +95,9 @@ class Writer:
                 if len(self._unsent) >= BATCH:
                     self._send(store)
             self._send(store)
-            if self._degraded is not None and self._degraded != self._tagged:
-                store.tag_degraded(self._degraded)
-                self._tagged = self._degraded
+            for key in list(self._untold):
+                store.tag(key, self._untold[key])
+                del self._untold[key]
             while self._data:
                 store.log_data(self._data[0])
                 del self._data[0]
@@ -96,11 +106,18 @@ class Writer:
             self._is_current = False
             raise
 
+    def keep_packages(self) -> None:
+        """Write down what is installed, where the run is trained; not vital."""
+        names = sorted(f"{item.name}=={item.version}" for item in distributions())
+        with contextlib.suppress(OSError):
+            self._paths.packages.write_text("".join(f"{name}\n" for name in dict.fromkeys(names)))
+
     def end(self, status: str | None) -> str | None:
         """Upload files and model and set the status; return the model's address."""
         store = self._connected()
-        store.log_files(self._paths)
-        store.describe(summarise(account(read(self._paths.journal))))
+        found = account(read(self._paths.journal))
+        store.log_files(self._paths, found.nodes.facts)
+        store.tag(DESCRIPTION_TAG, summarise(found))
         model_uri = None
         if (self._paths.mlflow_model_dir / "MLmodel").exists():
             model_uri = store.log_model(self._paths)
@@ -145,10 +162,14 @@ class Writer:
                 return  # known already: `_look_back` or `_keep_window`
             case "DataUsed":
                 self._data.append(record)
+            case "NodeFound":
+                self._nodes.add(record)
+                self._untold[HARDWARE_TAG] = self._nodes.words()
             case "SaveFailed":
                 self._degraded = f"no checkpoint of step {record['step']}: {record['error']}"
-            case "Saved" if self._degraded is not None:
-                self._degraded = ""
+                self._untold[DEGRADED_TAG] = self._degraded
+            case "Saved" if self._degraded:
+                self._degraded = self._untold[DEGRADED_TAG] = ""
             case "RunEnded":
                 self._end_time_ms = round(record["time"] * 1000)
         self._unsent.extend(self._points.feed(record))

@@ -117,6 +117,7 @@ def _what(found: Account) -> str:
     for split, used in found.data.items():
         rows.append((f"{split} data", f"{used['name']}, {used['num_examples']:,} examples"))
         rows.append(("", f"digest {used['digest'][:16]}, from {used['source']}"))
+    rows += found.nodes.rows()
     rows += [(f"worker {worker}", text) for worker, text in sorted(found.workers.items())]
     rows += [(name, version) for name, version in found.versions.items()]
     rows += [(key.rpartition(".")[2], str(value)) for key, value in sorted(tags.items())]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.track.facts import RunFacts
-from orchestrator.track.mlflow_store import open_client
+from orchestrator.track.mlflow_client import open_client
 from tests.track import rig
 
 
