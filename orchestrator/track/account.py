@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.track.curve import Curve
 from orchestrator.track.goodput import Goodput
 from orchestrator.track.nodes import Nodes
 from orchestrator.track.points import Points
@@ -45,7 +47,7 @@ class Account:
         data: the DataUsed record of each split.
         evaluated: the last evaluation's metrics.
         exported: the Exported record, or None.
-        series: (step, value) of each metric, as MLflow has it.
+        series: (step, value) of each metric, as MLflow has it; of very many, evenly spaced ones.
         events: in the order they happened.
         goodput: where the time went.
         commands: what can be done next: a word and the command to copy.
@@ -135,11 +137,13 @@ def account(records: Iterable[Mapping[str, Any]]) -> Account:
     """Read a run's journal."""
     found = Account()
     points: Points | None = None
+    curves: dict[str, Curve] = defaultdict(Curve)
     for record in records:
         found.observe(record)
         if points is None and record.get("kind") == "RunStarted":
             facts = record["facts"]
             points = Points(facts["log_every_steps"], facts["global_batch_size"])
         for point in points.feed(record) if points is not None else ():
-            found.series.setdefault(point.key, []).append((point.step, point.value))
+            curves[point.key].add(point.step, point.value)
+    found.series = {key: curve.points() for key, curve in curves.items()}
     return found

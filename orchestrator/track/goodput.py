@@ -14,6 +14,8 @@ from typing import Any
 from orchestrator.spec.messages import NO_ATTEMPT, Phase
 
 _CHIEF = 0
+# An attempt may last for months: of more blocks than that, the older half is kept in pairs.
+_MAX_BLOCKS = 4096
 
 
 class Use(Enum):
@@ -64,6 +66,23 @@ class _Attempt:
 
     blocks: list[_Block] = field(default_factory=list)
     unfinished_s: float = 0.0
+
+    def add(self, block: _Block) -> None:
+        """Take the next block; the memory for them does not grow for ever."""
+        self.blocks.append(block)
+        if len(self.blocks) > _MAX_BLOCKS:
+            half = _MAX_BLOCKS // 2
+            pairs = zip(self.blocks[0:half:2], self.blocks[1:half:2], strict=True)
+            self.blocks[:half] = [_together(*pair) for pair in pairs]
+
+
+def _together(one: _Block, other: _Block) -> _Block:
+    return _Block(
+        one.first_step,
+        one.num_steps + other.num_steps,
+        one.seconds + other.seconds,
+        one.data_wait_s + other.data_wait_s,
+    )
 
 
 class Goodput:
@@ -157,7 +176,7 @@ class Goodput:
         waited = min(record["data_wait_s"], attempt.unfinished_s)
         self._move(Use.productive, Use.data_wait, waited)
         seconds = attempt.unfinished_s - waited
-        attempt.blocks.append(_Block(record["first_step"], record["num_steps"], seconds, waited))
+        attempt.add(_Block(record["first_step"], record["num_steps"], seconds, waited))
         attempt.unfinished_s = 0.0
 
     def _replay_from(self, step: int) -> None:

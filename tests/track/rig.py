@@ -131,7 +131,7 @@ class Server:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.database}"]
@@ -144,7 +144,13 @@ class Server:
             self._process = subprocess.Popen(
                 command, env=environ, stdout=log, stderr=log, cwd=self._folder, process_group=0
             )
-        wait_for_answer(f"{self.uri}/health")
+        if wait:
+            wait_for_answer(f"{self.uri}/health")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the server and its workers."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
 
     def kill(self) -> None:
         if self._process is not None:

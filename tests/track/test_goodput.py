@@ -169,3 +169,17 @@ def test_a_run_that_is_only_started_has_no_time() -> None:
     found = goodput([started(100)])
     assert found.wall_s == 0
     assert found.fraction == 0
+
+
+def test_a_long_attempt_takes_no_more_memory_and_its_lost_work_is_still_told() -> None:
+    found = goodput(BEGIN)
+    end, blocks = 107.0, 20_000
+    for number in range(blocks):
+        end += 0.5
+        found.feed(block(end, 10 * number, 10))
+    assert len(found._attempt.blocks) <= 4096
+    # Back to step 199,000 of 200,000: a hundred blocks of half a second are lost.
+    for record in (death(end, 1), attempt(end), ready(end + 1, step=10 * blocks - 1000)):
+        found.feed(record)
+    assert found.seconds()["lost_work"] == pytest.approx(100 * 0.5)
+    assert sum(found.seconds().values()) == pytest.approx(found.wall_s)

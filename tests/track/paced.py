@@ -1,0 +1,105 @@
+"""A run whose steps are journaled one after another, as a driver does, and what MLflow has of it."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from orchestrator.track.facts import RunFacts
+from orchestrator.track.journal import read
+from orchestrator.track.mlflow_projection import Report
+from orchestrator.track.points import Points
+from orchestrator.track.record import Record
+from tests.track import rig
+
+_PATIENCE_S = 90.0
+_STEP_S = 0.005
+
+
+class Paced:
+    """A training of steps of some milliseconds, six points each, that only its record sees.
+
+    Attributes:
+        step: the last one.
+        slowest_s: how long the record held up a step at most.
+        said: notices.
+    """
+
+    def __init__(self, facts: RunFacts, first_step: int = 0):
+        """Begin, or go on after a step."""
+        self.step = first_step
+        self.slowest_s = 0.0
+        self.said: list[str] = []
+        self._pause = threading.Event()
+        journal = Path(facts.root) / "journal.jsonl"
+        self._record = Record(journal, facts, notice=self.said.append)
+        self._record.start_tracking()
+
+    def make_step(self) -> None:
+        """Make a step."""
+        self._pause.wait(_STEP_S)
+        began = time.perf_counter()
+        self._record.add(rig.block(self.step, 1) | {"time": time.time()})
+        self.slowest_s = max(self.slowest_s, time.perf_counter() - began)
+        self.step += 1
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Train until something is the case."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {_PATIENCE_S:g} s for {what}: {self.said}"
+            self.make_step()
+
+    def for_steps(self, number: int) -> None:
+        """Make so many steps."""
+        end = self.step + number
+        self.until(lambda: self.step >= end, f"step {end}")
+
+    def until_said(self, words: str) -> None:
+        """Train until the user is told something that was not told before."""
+        before = len(self.said)
+        self.until(lambda: any(words in line for line in self.said[before:]), words)
+
+    def end(self, status: str = "FINISHED", deadline_s: float = 60.0) -> Report:
+        """End the run."""
+        report = self._record.end(status, "", deadline_s)
+        print(f"{self.step} steps, held up {1000 * self.slowest_s:.1f} ms at most")
+        return report
+
+
+def facts_of(
+    folder: Path, uri: str, name: str = "20260101-000000-abcd", **changes: Any
+) -> RunFacts:
+    """Return the facts of a run whose every step is a point."""
+    root = folder / name
+    return rig.make_facts(
+        root if root.exists() else rig.new_run(folder, name), uri, log_every_steps="1", **changes
+    )
+
+
+def points_in(database: Path, run_id: str | None = None) -> Counter[tuple[str, int]]:
+    """Count the rows that MLflow's own table has for each metric and step."""
+    query = "select key, step from metrics where ? is null or run_uuid = ?"
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return Counter(connection.execute(query, (run_id, run_id)).fetchall())
+
+
+def points_of(root: Path) -> Counter[tuple[str, int]]:
+    """Count the points that a run's journal asks for."""
+    points = Points("1", 16)
+    made = (point for record in read(root / "journal.jsonl") for point in points.feed(record))
+    return Counter((point.key, point.step) for point in made)
+
+
+def assert_nothing_lost_or_doubled(root: Path, database: Path) -> None:
+    """Compare MLflow's table with the journal: one run, every point once."""
+    wanted, found = points_of(root), points_in(database)
+    lost, doubled = wanted - found, found - wanted
+    assert (len(lost), len(doubled)) == (0, 0), (lost.most_common(3), doubled.most_common(3))
+    assert rig.rows(database)["runs"] == 1
