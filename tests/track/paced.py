@@ -1,4 +1,4 @@
-"""A run whose steps are journaled one after another, as a driver does, and what MLflow has of it."""
+"""A run whose steps are journaled as a driver does it, and what MLflow has of it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from orchestrator.track.points import Points
 from orchestrator.track.record import Record
 from tests.track import rig
 
+NAME = "20260101-000000-abcd"
 _PATIENCE_S = 90.0
 _STEP_S = 0.005
 
@@ -73,14 +74,12 @@ class Paced:
         return report
 
 
-def facts_of(
-    folder: Path, uri: str, name: str = "20260101-000000-abcd", **changes: Any
-) -> RunFacts:
-    """Return the facts of a run whose every step is a point."""
+def facts_of(folder: Path, uri: str, name: str = NAME, **changes: Any) -> RunFacts:
+    """Return the facts of a run whose every step is a point; its folder is made if missing."""
     root = folder / name
-    return rig.make_facts(
-        root if root.exists() else rig.new_run(folder, name), uri, log_every_steps="1", **changes
-    )
+    if not root.exists():
+        rig.new_run(folder, name)
+    return rig.make_facts(root, uri, log_every_steps="1", **changes)
 
 
 def points_in(database: Path, run_id: str | None = None) -> Counter[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""A real MLflow server that is killed, stopped, failing, gone, guarded: nothing lost, nothing twice.
+"""A real MLflow server that is killed, stopped, failing, gone, guarded: no point lost or twice.
 
 The table of the server's own database is read, not the client's answers.
 """
@@ -23,6 +23,7 @@ from orchestrator.track.mlflow_projection import sync
 from tests.track import rig
 from tests.track.gate import State, gate_to
 from tests.track.paced import (
+    NAME,
     Paced,
     assert_nothing_lost_or_doubled,
     facts_of,
@@ -39,7 +40,6 @@ training = Paced(facts_of(Path(sys.argv[1]), sys.argv[2]))
 training.until(lambda: False, "its end")
 """
 ROOT = Path(__file__).parents[2]
-NAME = "20260101-000000-abcd"
 
 
 @pytest.fixture
@@ -234,13 +234,10 @@ def test_an_experiment_that_is_deleted_for_good_and_named_again_gets_the_whole_r
     client = mlflow.MlflowClient(rig.sqlite_uri(tmp_path))
     old = client.get_experiment_by_name("tiny").experiment_id
     client.delete_experiment(old)
-    subprocess.run(
-        [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", rig.sqlite_uri(tmp_path)]
-        + ["--experiment-ids", old],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "MLFLOW_TRACKING_URI": rig.sqlite_uri(tmp_path)},
-    )
+    uri = rig.sqlite_uri(tmp_path)
+    forget = ("-m", "mlflow", "gc", "--backend-store-uri", uri, "--experiment-ids", old)
+    environ = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    subprocess.run([sys.executable, *forget], check=True, capture_output=True, env=environ)
     client.create_experiment("tiny")
     training.for_steps(100)
     training.until(lambda: rig.rows(tmp_path / "mlflow.db")["runs"], "a run made anew")
