@@ -20,6 +20,8 @@ from orchestrator.track.journal import read
 
 _WARM_UP = 5  # the first of so many parts of a run is not counted
 _PATIENCE_S = 30.0  # with an interrupted process that saves and cleans up
+# Of benchmarks/record.py; its steps are rows in MLflow.
+RECORD_MODES = ("writer", "log-batch")
 _INPUTS = PROJECT / "benchmarks" / "inputs"
 
 
@@ -65,7 +67,8 @@ class Script:
     """A comparator in a process of its own.
 
     Attributes:
-        mode: of benchmarks/comparators.py, or `train` for Ray Train, or `bare` for plain.py.
+        mode: of benchmarks/comparators.py or record.py, or `train` for Ray Train, or `bare` for
+            plain.py.
         job: a name in conf/job/.
         block_steps: steps of one call of the same-graph loop.
         overrides: of our command that the comparator must share, such as the number of workers.
@@ -194,6 +197,7 @@ def run_script(side: Script, seconds: float, data: Path) -> Sample:
     command = {
         "bare": [str(PROJECT / "benchmarks" / "plain.py"), str(data), "500"],
         "train": ["-m", "benchmarks.ray_train", spec],
+        **{mode: ["-m", "benchmarks.record", mode, spec] for mode in RECORD_MODES},
     }.get(side.mode, ["-m", "benchmarks.comparators", side.mode, spec])
     begin = time.time()
     processes = [_start(command, PROJECT) for _ in range(side.copies)]

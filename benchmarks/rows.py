@@ -151,6 +151,7 @@ def rows() -> list[Row]:
         *_start_rows(),
         *_checkpoint_rows(),
         _tracking_row(),
+        _writer_row(),
     ]
 
 
@@ -289,4 +290,15 @@ def _tracking_row() -> Row:
         "steps_per_s",
         side(20),
         side(1_000_000_000),
+    )
+
+
+def _writer_row() -> Row:
+    return Row(
+        "writer",
+        "points/s from the journal into SQLite MLflow ÷ ideal `log_batch` calls of 1,000",
+        "≥ 0.9",
+        "steps_per_s",
+        Script("writer", "mnist"),
+        Script("log-batch", "mnist"),
     )

@@ -53,7 +53,7 @@ class FakeNvml(SimpleNamespace):
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     fake = FakeNvml()
-    monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
     return fake
 
 
@@ -95,9 +95,11 @@ def test_a_node_tells_what_it_is_and_then_how_busy_it_is(gpus: FakeNvml) -> None
 def test_an_agent_keeps_what_its_node_told_when_the_worker_is_ended() -> None:
     agent = Agent(0, "run", zygote=None, use_fork=False, driver_silence_s=math.inf)
     agent.sample_node("host-1", 0.02)
-    told: list[Message] = []
-    wait_until(lambda: len(told.extend(agent.poll(0.01)) or told) > 1, "a sample")
+    wait_until(lambda: any(isinstance(m, NodeFound) for m in agent.poll(0.1)), "the node")
+    wait_until(lambda: agent._inbox, "a sample")
+    kept = list(agent._inbox)
     agent.kill()
+    assert agent.poll(0.1)[: len(kept)] == kept
     wait_until(lambda: any(isinstance(m, NodeSampled) for m in agent.poll(0.1)), "another")
     agent.sample_node(None, None)
     agent.poll(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -86,8 +87,43 @@ def test_a_run_holds_everything_the_journal_says(root: Path, facts: RunFacts) ->
         "config.yaml",
         "plan.txt",
         "overrides.txt",
+        "packages.txt",
         "logs",
     }
+
+
+def found(node: str, **changes: Any) -> dict[str, Any]:
+    record = {"kind": "NodeFound", "worker": 0, "attempt": 0, "time": rig.START, "node": node}
+    facts = {"system": "Linux", "processor": "Fast", "num_cpus": 8, "memory_bytes": 64e9}
+    return record | facts | {"gpus": ["H100", "H100"]} | changes
+
+
+def sampled(node: str, cpu: float) -> dict[str, Any]:
+    record = {"kind": "NodeSampled", "worker": 0, "attempt": 0, "time": rig.START, "node": node}
+    return record | {"values": {"cpu_utilization_percentage": cpu}}
+
+
+def test_nodes_code_changes_and_packages_are_there(root: Path, facts: RunFacts) -> None:
+    (root / "code").mkdir()
+    (root / "code" / "mine.py").write_text("a = 1")
+    (root / "uncommitted-before-attempt-1.diff").write_text("+a = 1")
+    nodes = [found("host-1"), found("host-2"), found("host-3", gpus=[], num_cpus=2)]
+    samples = [sampled("host-1", 50.0), sampled("host-1", 60.0), sampled("host-2", 70.0)]
+    rig.write(root, facts.record(rig.START), *nodes, *samples, rig.block(0, 4), rig.ended())
+    assert project(facts)[0].missing == ""
+    run, client = the_run(facts.tracking_uri), mlflow.MlflowClient(facts.tracking_uri)
+    assert run.data.tags["orchestrator.hardware"] == (
+        "host-1, host-2: 8 CPUs (Fast), 64 GB, 2 x H100, Linux; "
+        "host-3: 2 CPUs (Fast), 64 GB, no GPU, Linux"
+    )
+    history = client.get_metric_history(run.info.run_id, "system/host-1/cpu_utilization_percentage")
+    assert [(point.step, point.value) for point in history] == [(0, 50.0), (1, 60.0)]
+    assert run.data.metrics["system/host-2/cpu_utilization_percentage"] == 70.0
+    folder = client.download_artifacts(run.info.run_id, "")
+    told = {path.name: path.read_text() for path in Path(folder).rglob("*.*")}
+    assert json.loads(told["nodes.json"])["host-1"]["gpus"] == ["H100", "H100"]
+    assert f"mlflow=={mlflow.__version__}" in told["packages.txt"].splitlines()
+    assert told["mine.py"] == "a = 1" and told["uncommitted-before-attempt-1.diff"] == "+a = 1"
 
 
 def test_points_carry_the_time_of_their_block(root: Path, facts: RunFacts, tmp_path: Path) -> None:
@@ -136,6 +172,8 @@ def test_a_resumed_run_stays_one_run_without_doubled_points(
     assert (second.run_id, second.missing, notices) == (first.run_id, "", [])
     run = the_run(facts.tracking_uri)
     assert run.data.params["train.steps"] == "8"  # a param cannot change
+    changed = {key: value for key, value in run.data.tags.items() if ".changed." in key}
+    assert changed == {"orchestrator.changed.train.steps": "9"}
     assert run.data.tags["orchestrator.resumable"] == "false"
     # Stopped at step 5, in the middle of a window: as if it had never been.
     steps = [(step, value) for step, value, _ in rig.losses(tmp_path / "mlflow.db")]

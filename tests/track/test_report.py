@@ -29,6 +29,18 @@ DEATH = {
     "time": rig.START + 6,
     "error": "its process was ended by SIGKILL & <gone>",
 }
+NODE = {
+    "kind": "NodeFound",
+    "worker": 0,
+    "attempt": 0,
+    "time": rig.START,
+    "node": "host-1",
+    "system": "Linux",
+    "processor": "Fast",
+    "num_cpus": 8,
+    "memory_bytes": 64e9,
+    "gpus": [],
+}
 
 
 def attempt(number: int, time: float, restore_from: str | None = None) -> dict[str, Any]:
@@ -52,6 +64,7 @@ def run_with(folder: Path, *records: dict[str, Any]) -> RunPaths:
         DEATH,
         attempt(2, 7, "/runs/x/checkpoints/step-00000004"),
         rig.block(4, 4, attempt=2) | metrics,
+        NODE,
         *records,
         ended,
     )
@@ -67,6 +80,7 @@ def test_the_page_tells_result_events_and_what_to_do_and_needs_no_other_file(
     assert "finished" in page and "at step 8" in page
     assert "<td>eval/accuracy</td>" in page and "0.9<" in page
     assert "attempt 2 from step-00000004" in page
+    assert "<td>host-1</td><td>8 CPUs (Fast), 64 GB, no GPU, Linux</td>" in page
     assert "worker 1: its process was ended by SIGKILL &amp; &lt;gone&gt;" in page
     assert "make train conf=tiny" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "it points elsewhere"
