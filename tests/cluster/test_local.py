@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from socket import gethostname
 
 import numpy as np
 import pytest
@@ -75,6 +76,8 @@ def test_a_word_changes_where_it_runs_and_not_what_it_computes(
         rig.losses(ended.run)[-20:].mean(), rig.losses(one_device.run)[-20:].mean(), rtol=tolerance
     )
     assert rig.database(tmp_path)[0]["status"] == "FINISHED"
+    # However many workers are on it, a node tells of itself once.
+    assert [record["node"] for record in rig.records(ended.run, "NodeFound")] == [gethostname()]
 
 
 def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -65,6 +66,8 @@ def test_one_training_is_one_finished_run_with_params_and_tags(run: Any, one_dev
 def test_metrics_are_there_by_their_prefixes(run: Any, client: Any) -> None:
     keys = set(run.data.metrics)
     assert {"train/loss", "eval/accuracy", "perf/examples_per_s", "worker/0/step_ms"} <= keys
+    node = f"system/{socket.gethostname()}"
+    assert {f"{node}/cpu_utilization_percentage", f"{node}/system_memory_usage_megabytes"} <= keys
     history = client.get_metric_history(run.info.run_id, "eval/accuracy")
     assert [point.step for point in history] == [60, 120]
 
@@ -75,6 +78,8 @@ def test_data_configuration_plan_and_logs_are_there(run: Any, client: Any) -> No
     assert all(len(item.digest) >= 32 for item in sets.values())
     paths = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "plan.txt", "overrides.txt", "logs"} <= paths
+    assert {"nodes.json", "packages.txt", "code"} <= paths
+    assert all(item.schema and item.source for item in sets.values())
     logs = {item.path for item in client.list_artifacts(run.info.run_id, "logs/attempt-1")}
     assert "logs/attempt-1/worker-0.log" in logs
 

@@ -120,6 +120,8 @@ def test_a_cut_cable_stops_both_sides_and_the_run_goes_on_elsewhere(
     saved = len(training.of("Saved"))
     rig.wait_for(lambda: len(training.of("Saved")) > saved, "the run to go on after healing")
     assert training.of("Ended", 1) == []
+    sampled = {record["node"] for record in rig.records(training.run, "NodeSampled")}
+    assert sampled == {record["host"] for record in rig.records(training.run, "Ready")}
     assert not rig.is_alive(victim["pid"])
     hosts.start(host)
 

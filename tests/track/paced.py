@@ -18,7 +18,6 @@ from orchestrator.track.points import Points
 from orchestrator.track.record import Record
 from tests.track import rig
 
-NAME = "20260101-000000-abcd"
 _PATIENCE_S = 90.0
 _STEP_S = 0.005
 
@@ -74,19 +73,23 @@ class Paced:
         return report
 
 
-def facts_of(folder: Path, uri: str, name: str = NAME, **changes: Any) -> RunFacts:
+def facts_of(folder: Path, uri: str, **changes: Any) -> RunFacts:
     """Return the facts of a run whose every step is a point; its folder is made if missing."""
-    root = folder / name
+    root = root_of(folder)
     if not root.exists():
-        rig.new_run(folder, name)
+        rig.new_run(folder, root.name)
     return rig.make_facts(root, uri, log_every_steps="1", **changes)
 
 
-def points_in(database: Path, run_id: str | None = None) -> Counter[tuple[str, int]]:
-    """Count the rows that MLflow's own table has for each metric and step."""
-    query = "select key, step from metrics where ? is null or run_uuid = ?"
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        return Counter(connection.execute(query, (run_id, run_id)).fetchall())
+def root_of(folder: Path) -> Path:
+    """Return the run folder of a test: its name is no other test's."""
+    return folder / f"run-of-{folder.name}"
+
+
+def points_in(database: Path, run: str) -> Counter[tuple[str, int]]:
+    """Count the rows that MLflow's own table has of a run for each metric and step."""
+    query = "select key, step from metrics join runs using (run_uuid) where name = ?"
+    return Counter(_rows(database, query, run))
 
 
 def points_of(root: Path) -> Counter[tuple[str, int]]:
@@ -96,9 +99,15 @@ def points_of(root: Path) -> Counter[tuple[str, int]]:
     return Counter((point.key, point.step) for point in made)
 
 
-def assert_nothing_lost_or_doubled(root: Path, database: Path) -> None:
-    """Compare MLflow's table with the journal: one run, every point once."""
-    wanted, found = points_of(root), points_in(database)
+def assert_nothing_lost_or_doubled(folder: Path, database: Path) -> None:
+    """Compare MLflow's table with the journal: one run that is FINISHED, every point once."""
+    root = root_of(folder)
+    wanted, found = points_of(root), points_in(database, root.name)
     lost, doubled = wanted - found, found - wanted
     assert (len(lost), len(doubled)) == (0, 0), (lost.most_common(3), doubled.most_common(3))
-    assert rig.rows(database)["runs"] == 1
+    assert _rows(database, "select status from runs where name = ?", root.name) == [("FINISHED",)]
+
+
+def _rows(database: Path, query: str, run: str) -> list[Any]:
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return connection.execute(query, (run,)).fetchall()
