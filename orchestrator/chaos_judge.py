@@ -157,12 +157,23 @@ def _record(undisturbed: Path | None, disturbed: Path | None) -> list[Difference
     one = history(undisturbed)
     if not one:
         return [Difference(f"MLflow: the undisturbed run has no points in {undisturbed}")]
-    found = _history(one, history(disturbed))
+    found = _history(one, history(disturbed)) + _twice(disturbed)
     states = [status for (status,) in _rows(disturbed, "select status from runs")]
     if states != ["FINISHED"]:
         shown = ", ".join(states) or "none"
         found.append(Difference(f"MLflow: one run that is FINISHED is wanted, there are: {shown}"))
     return found
+
+
+def _twice(database: Path) -> list[Difference]:
+    """Find points of nodes that are there twice; which ones there are depends on the time."""
+    query = (
+        "select key, step from metrics where key like 'system/%' "
+        "group by key, step having count(*) > 1"
+    )
+    points = _rows(database, query)
+    shown = ", ".join(f"{key} at {step}" for key, step in points[:_SHOWN])
+    return [Difference(f"MLflow: {len(points)} points are there twice: {shown}")] if points else []
 
 
 def _history(

@@ -21,6 +21,7 @@ from orchestrator.track.journal import Journal
 from orchestrator.train import store
 
 STEPS = 4
+SAMPLE = ("system/a/cpu", 50.0, 0)
 KILL, STOP = FAULTS[FaultName.kill], FAULTS[FaultName.stop]
 
 
@@ -120,6 +121,7 @@ def _change(index: int, **values: Any) -> Callable[[Run], None]:
         (lambda run: run.records.insert(-1, block(4, 1)), "attempt 1 wrote BlockDone", None),
         (lambda run: setattr(run, "weights", b"weighty"), "another SHA-256", None),
         (lambda run: run.points.append(run.points[0]), "1 points are there twice", 2),
+        (lambda run: run.points.extend([SAMPLE] * 2), "twice: system/a/cpu at 0", None),
         (lambda run: run.points.pop(0), "1 points are lost: train/loss at 2", 2),
         (lambda run: run.points.append(("eval/loss", 1.0, 3)), "have no counterpart", 3),
         (lambda run: run.points.__setitem__(1, ("train/loss", 0.4, 4)), "another value", 4),

@@ -108,8 +108,9 @@ class Writer:
 
     def keep_packages(self) -> None:
         """Write down what is installed, where the run is trained; not vital."""
-        names = sorted(f"{item.name}=={item.version}" for item in distributions())
-        with contextlib.suppress(OSError):
+        # Metadata may be broken, and the disk full: neither is a reason to have no record.
+        with contextlib.suppress(Exception):
+            names = sorted(f"{item.name}=={item.version}" for item in distributions())
             self._paths.packages.write_text("".join(f"{name}\n" for name in dict.fromkeys(names)))
 
     def end(self, status: str | None) -> str | None:
