@@ -227,11 +227,11 @@ def test_an_experiment_that_is_deleted_for_good_and_named_again_gets_the_whole_r
     training = begin_in_file(tmp_path)
     client = mlflow.MlflowClient(rig.sqlite_uri(tmp_path))
     old = client.get_experiment_by_name("tiny").experiment_id
-    client.delete_experiment(old)
-    uri = rig.sqlite_uri(tmp_path)
-    forget = ("-m", "mlflow", "gc", "--backend-store-uri", uri, "--experiment-ids", old)
-    environ = {**os.environ, "MLFLOW_TRACKING_URI": uri}
-    subprocess.run([sys.executable, *forget], check=True, capture_output=True, env=environ)
+    run_id = the_run(client)
+    store = client._tracking_client.store
+    client.delete_experiment(old)  # what `mlflow gc` then does, before the next points come
+    store._hard_delete_run(run_id)
+    store._hard_delete_experiment(old)
     client.create_experiment("tiny")
     training.for_steps(100)
     training.until(lambda: has_points(tmp_path / "mlflow.db", tmp_path), "a run made anew")
