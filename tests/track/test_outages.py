@@ -199,6 +199,7 @@ sys.exit(report.missing or None)
         assert_nothing_lost_or_doubled(folder, tmp_path / "mlflow.db")
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_deleted_while_it_trains_comes_back_whole(tmp_path: Path) -> None:
     training = begin_in_file(tmp_path)
     client = mlflow.MlflowClient(rig.sqlite_uri(tmp_path))
