@@ -17,7 +17,7 @@ from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Journal
 
 START = 1_700_000_000.0
-_SERVER_PATIENCE_S = 60.0
+_SERVER_PATIENCE_S = 120.0
 
 
 def make_facts(root: Path, uri: str, **changes: Any) -> RunFacts:
