@@ -12,11 +12,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.guardian import guarded
 from orchestrator.lease import Lease
 from orchestrator.signals import Stops
 from orchestrator.spec.config import load_kept
 from orchestrator.spec.overrides import key_of
 from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.plan import tracking_store
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.sweep import sweep_rules
 from orchestrator.sweep_folder import (
@@ -68,7 +70,15 @@ def sweep(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
             found = freeze_sweep(overrides, config_dir, cwd)
         lease = Lease(RunPaths(found.paths.root))
         stack.callback(lease.release)
-        return Sweeping(found, _settings(found, overrides), stops).run(is_first=is_first)
+        config = _settings(found, overrides)
+        stack.enter_context(
+            guarded(
+                RunPaths(found.paths.root),
+                *tracking_store(config, found.cwd),
+                module="orchestrator.sweep_guardian",
+            )
+        )
+        return Sweeping(found, config, stops).run(is_first=is_first)
 
 
 def _settings(found: Sweep, overrides: list[str]) -> RunConfig:
@@ -109,6 +119,9 @@ class Sweeping:
         left = [state for state in self._states if state.is_open]
         if not left:
             self._screen.table()
+            if not self._sweep.paths.recorded.exists():
+                self._record.end(self._states, hurried=False, stopped=False)
+                self._say_what_next()
             self._screen.say(
                 f"\nall {len(self._states)} children are done; to train them again give the sweep "
                 "another name: sweep.name=NAME"

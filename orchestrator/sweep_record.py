@@ -35,7 +35,7 @@ class SweepRecord:
         self._sweep = sweep
         self._best = config.best
         self._notice = notice
-        self._parent = ParentRun(_facts(sweep, config), sweep.began, notice)
+        self._parent = ParentRun(facts_of(sweep, config), sweep.began, notice)
 
     @property
     def missing(self) -> str:
@@ -80,6 +80,8 @@ class SweepRecord:
             Ending(status=status, text=text, files=files, metrics=metrics, tags=tags),
             _HURRY_DEADLINE_S if hurried else deadline_s,
         )
+        if status == "FINISHED" and not self.missing:
+            paths.recorded.touch()
 
     def _draw(self, states: Sequence[ChildState]) -> None:
         name, _ = metric_of(self._best)
@@ -93,7 +95,7 @@ class SweepRecord:
         draw_curves(self._sweep.paths.plot, curves, f"eval/{name}")
 
 
-def _facts(sweep: Sweep, config: RunConfig) -> RunFacts:
+def facts_of(sweep: Sweep, config: RunConfig) -> RunFacts:
     """Return what the record of the parent needs to know."""
     uri, artifact_root = tracking_store(config, sweep.cwd)
     swept = {

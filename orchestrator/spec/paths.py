@@ -187,6 +187,11 @@ class SweepPaths:
         """The children's evaluations over their steps, PNG."""
         return self.root / "evaluations.png"
 
+    @property
+    def recorded(self) -> Path:
+        """Is there when MLflow has all of a sweep that is done."""
+        return self.root / ".recorded"
+
     def run(self, job: str, name: str) -> RunPaths:
         """Return the run of a child."""
         return RunPaths(self.root.parents[1] / job / name)

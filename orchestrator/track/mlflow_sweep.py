@@ -138,3 +138,14 @@ class ParentRun:
                 self._client.log_artifact(run, str(path))
         self._store.describe(ending.text)
         self._store.end(ending.status, None)
+
+
+def end_parent(facts: RunFacts, began: float, status: str) -> None:
+    """Set the status of a sweep's run.
+
+    Args:
+        facts: of the parent.
+        began: Unix seconds.
+        status: FINISHED, FAILED or KILLED.
+    """
+    Store(facts, None, round(began * 1000)).end(status, None)
