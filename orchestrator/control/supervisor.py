@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
 _POLL_S = 0.2
+# Looking at every worker each time any of many tells something would be all that is done.
+_WATCH_S = 0.1
 # How long a stop waits for the first block of an attempt, which may compile for minutes.
 _FIRST_BLOCK_S = 15.0
 
@@ -77,6 +80,7 @@ class Supervisor:
         self._stops = 0
         self._stop_sent_at: float | None = None
         self._listening = False
+        self._watched_at = -math.inf
         # Whether the attempt was asked to save and stop for the sake of the next one, and whether
         # that is because a node is to be left.
         self._makes_way = False
@@ -257,6 +261,9 @@ class Supervisor:
         """Turn a worker that makes no progress beyond patience into one that is lost."""
         if attempt.failures or self._plan.config.cluster.name is ClusterName.inline:
             return  # inline, a debugger may hold it
+        if self._clock() - self._watched_at < _WATCH_S:
+            return
+        self._watched_at = self._clock()
         stall = watchdog.look(attempt)
         if stall is not None:
             attempt.failures.append(stall)

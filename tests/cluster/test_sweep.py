@@ -98,6 +98,10 @@ def test_a_killed_sweep_goes_on_as_it_was_frozen_although_conf_was_edited(tmp_pa
     first.send_signal(signal.SIGKILL)
     first.communicate()
     wait_for(lambda: not any(map(rig.is_alive, workers.values())), "the child has ended", 60)
+    parent = folder_of(tmp_path).root.name
+    wait_for(
+        lambda: by_name(tmp_path)[parent]["status"] == "KILLED", "the sweep is not RUNNING", 30
+    )
     yaml = mine / "job" / "blobs.yaml"
     yaml.write_text(yaml.read_text().replace("global_batch_size: 32", "global_batch_size: 64"))
     done = finish(sweep(tmp_path, *asked, config_dir=mine), tmp_path)
