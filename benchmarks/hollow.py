@@ -114,6 +114,7 @@ class Crowd:
         self.told = 0
         self._voices: list[Voice] = []
         self._due: list[tuple[float, int, str]] = []
+        self._over: set[int] = set()
 
     def start(
         self,
@@ -125,6 +126,7 @@ class Crowd:
         """Let all workers be ready."""
         now = time.monotonic()
         self.started.append(now)
+        self._over = set()
         self._voices = [Voice(worker, attempt) for worker in range(plan.num_workers)]
         end = now + self._lives_s[len(self.started) - 1]
         last = "end" if len(self.started) == len(self._lives_s) else "death"
@@ -142,6 +144,8 @@ class Crowd:
         while self._due and self._due[0][0] <= now:
             when, worker, what = heapq.heappop(self._due)
             voice = self._voices[worker]
+            if worker in self._over:
+                continue
             if what == "block":
                 messages.append(voice.block())
                 heapq.heappush(self._due, (when + _BLOCK_S, worker, "block"))
@@ -152,8 +156,7 @@ class Crowd:
                 messages.append(voice.ready())
             else:
                 messages.append(voice.ended() if what == "end" else voice.death())
-                self._due = [event for event in self._due if event[1] != worker]
-                heapq.heapify(self._due)
+                self._over.add(worker)
         self.told += len(messages)
         return messages
 

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from orchestrator.control.attempt import Attempt
@@ -47,6 +48,7 @@ class Supervisor:
         notice: Callable[[str], None],
         newest_checkpoint: Callable[[], tuple[int, str] | None],
         journal: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
         replan: Callable[[int], RunPlan] | None = None,
         first_attempt: int = 1,
         clock: Callable[[], float] = time.monotonic,
@@ -63,6 +65,7 @@ class Supervisor:
             notice: shown to the user.
             newest_checkpoint: step and path of the newest valid checkpoint.
             journal: takes records of what was decided and of what was waited for.
+            together: the messages that are heard at once are observed within it.
             replan: returns the same plan with another number of workers; an elastic run needs it.
             first_attempt: number of the first attempt; later than 1 for a resumed run.
             clock: seconds from any origin.
@@ -75,6 +78,7 @@ class Supervisor:
         self._notice = notice
         self._newest_checkpoint = newest_checkpoint
         self._journal = journal
+        self._together = together
         self._number = first_attempt
         self._clock = clock
         self._stops = 0
@@ -192,12 +196,14 @@ class Supervisor:
         return None
 
     def _listen(self, attempt: Attempt) -> None:
-        for message in self._group.poll(_POLL_S):
-            if isinstance(message, Draining):
-                self._leave(message)
-            else:
-                attempt.observe(message, self._clock())
-            self._observe(message)
+        messages = self._group.poll(_POLL_S)
+        with self._together():
+            for message in messages:
+                if isinstance(message, Draining):
+                    self._leave(message)
+                else:
+                    attempt.observe(message, self._clock())
+                self._observe(message)
 
     def _leave(self, message: Draining) -> None:
         """Save and stop an attempt with a worker on a node that goes: the next is elsewhere."""
