@@ -192,9 +192,17 @@ def test_many_workers_get_no_more_points_together_than_a_few() -> None:
         points.feed({"kind": "AttemptStarted", "time": 1.0, "num_workers": workers})
         blocks = [
             {
-                **{"kind": "BlockDone", "worker": worker, "time": 2.0, "first_step": first},
-                **{"num_steps": 16, "wall_s": 1.0, "data_wait_s": 0.0, "skipped_steps": []},
-                **{"loss": [0.5] * 16, "learning_rate": [0.1] * 16, "metrics": {}},
+                "kind": "BlockDone",
+                "worker": worker,
+                "time": 2.0,
+                "first_step": first,
+                "num_steps": 16,
+                "wall_s": 1.0,
+                "data_wait_s": 0.0,
+                "skipped_steps": [],
+                "loss": [0.5] * 16,
+                "learning_rate": [0.1] * 16,
+                "metrics": {},
             }
             for first in range(0, 64, 16)
             for worker in range(1, workers)
