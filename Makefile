@@ -23,7 +23,7 @@ job = $(if $(conf),job=$(call quote,$(conf)))
 stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
     [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
 
-.PHONY: help setup train plan config verify chaos ui submit test bench lint types lock clean FORCE
+.PHONY: help setup train plan config verify chaos sweep ui submit test bench lint types lock clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## Print these lines
@@ -46,6 +46,9 @@ verify: .venv/.stamp-$(device) ## Prove that N workers compute what one computes
 
 chaos: .venv/.stamp-$(device) ## Prove that failures change nothing: conf=mnist
 	$(orchestrator) chaos $(job) $(args)
+
+sweep: .venv/.stamp-$(device) ## Train all combinations: args="train.seed=1,2,3"
+	$(orchestrator) sweep $(job) $(args)
 
 ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface
 	$(orchestrator) ui $(args)

@@ -18,6 +18,7 @@ _VERBS = {
     "config": "print the resolved configuration",
     "verify": "prove that replicas, workers and micro-batches compute what one device computes",
     "chaos": "prove that a run under faults leaves what an undisturbed one leaves",
+    "sweep": "train a job with all combinations of values: sweep job=mnist train.seed=1,2,3",
     "submit": "run train on a Ray cluster: submit job=mnist cluster.address=http://head:8265 ...",
     "runs": "runs list; runs compare RUN RUN: what differs; runs sync RUN: MLflow once more",
     "weights": "turn a checkpoint into Keras's weights and back: weights RUN to=FILE.weights.h5",
@@ -52,8 +53,13 @@ def main(argv: list[str]) -> int:
         print(_help())
         return int(ExitCode.DONE)
     verb, *rest = argv
+    return told(lambda: _run(verb, rest))
+
+
+def told(act: Callable[[], int]) -> int:
+    """Do what a process is for; tell an error in the user's words and return its exit code."""
     try:
-        return _run(verb, rest)
+        return act()
     except OrchestratorError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -80,6 +86,7 @@ def _run(verb: str, rest: list[str]) -> int:
         "config": _config,
         "verify": _verify,
         "chaos": _chaos,
+        "sweep": _sweep,
         "submit": _submit,
         "runs": _runs,
         "weights": _weights,
@@ -151,6 +158,12 @@ def _chaos(overrides: list[str], config_dir: Path | None) -> int:
     from orchestrator.chaos import chaos
 
     return _found(chaos(overrides, config_dir, Path.cwd()))
+
+
+def _sweep(overrides: list[str], config_dir: Path | None) -> int:
+    from orchestrator.sweep import sweep
+
+    return _found(sweep(overrides, config_dir, Path.cwd()))
 
 
 def _found(code: ExitCode) -> int:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,13 @@ from orchestrator.train import store
 from orchestrator.training import Training
 from orchestrator.weights import find_weights
 
+# Overrides and the user's own folder -> configuration.
+Load = Callable[[list[str], Path | None], RunConfig]
 
-def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
+
+def train(
+    overrides: list[str], config_dir: Path | None, cwd: Path, load: Load = load_config
+) -> ExitCode:
     """Train what a configuration describes.
 
     A run that is resumed keeps the overrides it was started with; those given now come on top.
@@ -58,6 +64,7 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         overrides: as typed.
         config_dir: the user's own configuration and modules.
         cwd: what relative paths are relative to.
+        load: returns the configuration that overrides stand for.
 
     Returns:
         The exit code of the command.
@@ -69,7 +76,7 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
     stops = Stops()
     with stops:
         try:
-            return _train(overrides, config_dir, cwd, stops, start)
+            return _train(overrides, config_dir, cwd, load, stops, start)
         except KeyboardInterrupt:
             when = "at once" if stops.is_hurried else "before the run had begun"
             print(f"ended {when}", file=sys.stderr)
@@ -77,9 +84,14 @@ def train(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
 
 
 def _train(
-    overrides: list[str], config_dir: Path | None, cwd: Path, stops: Stops, start: float
+    overrides: list[str],
+    config_dir: Path | None,
+    cwd: Path,
+    load: Load,
+    stops: Stops,
+    start: float,
 ) -> ExitCode:
-    config = load_config(overrides, config_dir)
+    config = load(overrides, config_dir)
     with ExitStack() as stack:
         past: Past | None = None
         notices: list[str] = []
@@ -87,7 +99,7 @@ def _train(
             past, notices = _take_up(config, cwd, stack)
         if past is not None:
             overrides = merge_overrides(read_overrides(past.paths), overrides)
-            config = load_config(overrides, config_dir)
+            config = load(overrides, config_dir)
         if config.train.max_time_s is not None:
             stops.limit(config.train.max_time_s - (time.monotonic() - start))
         notices = [*clean_environment(config), *notices]

@@ -26,7 +26,7 @@ _PROJECT_DIR = str(Path(__file__).resolve().parents[1])
 _URI_VARIABLE = "ORCHESTRATOR_GUARDED_URI"
 _ARTIFACTS_VARIABLE = "ORCHESTRATOR_GUARDED_ARTIFACTS"
 # Who restarts a driver at once, as a retry loop does, goes on with the run: nothing is to be ended.
-_GRACE_S = 3.0
+GRACE_S = 3.0
 _DEADLINE_S = 60.0
 # In the background, so that init adopts it: Ray's job stop ends a driver's children too. A job in
 # the background would read from /dev/null, hence the other descriptor.
@@ -34,18 +34,24 @@ _WAIT = 'exec 3<&0; { read -r _ <&3 && exit 0; exec "$@" 3<&-; } &'
 
 
 @contextlib.contextmanager
-def guarded(paths: RunPaths, tracking_uri: str, artifact_root: str | None) -> Iterator[None]:
+def guarded(
+    paths: RunPaths,
+    tracking_uri: str,
+    artifact_root: str | None,
+    module: str = "orchestrator.guardian",
+) -> Iterator[None]:
     """Let a guardian watch this process while a block runs.
 
     Args:
         paths: of the run whose lease this process holds.
         tracking_uri: of its MLflow.
         artifact_root: where a local SQLite store keeps artifacts.
+        module: what the guardian becomes when this process is killed.
     """
     environment = {**os.environ, "PYTHONPATH": _python_path(), _URI_VARIABLE: tracking_uri}
     if artifact_root is not None:
         environment[_ARTIFACTS_VARIABLE] = artifact_root
-    command = [sys.executable, "-m", "orchestrator.guardian", str(paths.root)]
+    command = [sys.executable, "-m", module, str(paths.root)]
     with _log(paths) as log:
         guardian = subprocess.Popen(
             ["/bin/sh", "-c", _WAIT, "sh", *command],
@@ -70,7 +76,7 @@ def end_record(root: Path, environment: Mapping[str, str]) -> None:
         root: the run folder.
         environment: holds the address of MLflow.
     """
-    time.sleep(_GRACE_S)
+    time.sleep(GRACE_S)
     paths = RunPaths(root)
     if not _close_journal(paths):
         return
@@ -78,7 +84,7 @@ def end_record(root: Path, environment: Mapping[str, str]) -> None:
     from orchestrator.track.mlflow_projection import sync
     from orchestrator.track.report import write_report
 
-    with _held(paths) as is_held:
+    with held(paths) as is_held:
         if not is_held:
             return
     where = {"uri": environment.get(_URI_VARIABLE)}
@@ -94,7 +100,7 @@ def _close_journal(paths: RunPaths) -> bool:
     """Write down that the run has ended; tell whether that was for us to do."""
     from orchestrator.track.journal import Journal, read
 
-    with _held(paths) as is_held:
+    with held(paths) as is_held:
         if not is_held or not _is_open(read(paths.journal)):
             return False
         journal = Journal(paths.journal)
@@ -114,7 +120,7 @@ def _is_open(records: Iterator[Mapping[str, Any]]) -> bool:
 
 
 @contextlib.contextmanager
-def _held(paths: RunPaths) -> Iterator[bool]:
+def held(paths: RunPaths) -> Iterator[bool]:
     """Hold the run's lease, without a word about the holder, if nobody else does."""
     with paths.lease.open("a+") as file:
         try:

@@ -60,7 +60,7 @@ class Listed:
         """Return the status; a run without one is running or its driver has died."""
         if self.status is not None:
             return self.status.lower()
-        return "running" if _is_held(self.paths.lease) else "died"
+        return "running" if is_held(self.paths.lease) else "died"
 
     def result(self) -> str:
         """Return the best value of `best.metric`, else what the last evaluation found first."""
@@ -133,7 +133,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _is_held(lease: Path) -> bool:
+def is_held(lease: Path) -> bool:
     """Tell whether a living driver holds a run."""
     try:
         with lease.open("rb") as file:

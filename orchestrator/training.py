@@ -80,6 +80,7 @@ class Training:
                 plan.paths, read, screen.notice, lambda: self._last_recorded
             ).newest,
             journal=self._record.add,
+            together=self._record.together,
             replan=replan,
             first_attempt=1 + (past.attempts if past is not None else 0),
         )

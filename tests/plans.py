@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.spec import schema as s
 from orchestrator.spec.chaos import ChaosConfig
 from orchestrator.spec.plan import Host, RunPlan, make_plan
+from orchestrator.spec.sweep import HalvingConfig, SweepConfig
 
 
 def tiny_config(**changes: Any) -> s.RunConfig:
@@ -97,6 +98,12 @@ def tiny_config(**changes: Any) -> s.RunConfig:
         verify=s.VerifyConfig(steps=20, own_steps=3, variants=list(s.VariantName)),
         chaos=ChaosConfig(
             step_ms=None, faults=[], full=False, random=None, repeat=1, seed=0, report=None
+        ),
+        sweep=SweepConfig(
+            name=None,
+            parallel="auto",
+            max_children=100,
+            halving=HalvingConfig(factor=None, first=0.1),
         ),
         runs_dir="runs",
         run_name=None,

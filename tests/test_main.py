@@ -11,7 +11,7 @@ import pytest
 from orchestrator.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("train", "plan", "config", "verify", "chaos", "submit", "runs", "ui")
+VERBS = ("train", "plan", "config", "verify", "chaos", "sweep", "submit", "runs", "ui")
 REFUSED = "exit code 2: configuration or plan refused"
 
 
@@ -162,6 +162,14 @@ def test_the_option_for_a_folder_needs_one(capsys: pytest.CaptureFixture[str]) -
 def test_submit_is_for_existing_clusters_only(capsys: pytest.CaptureFixture[str]) -> None:
     text = refused(capsys, "submit", "job=mnist", "cluster=local")
     assert text.startswith("cluster=local: ") and "existing" in text
+
+
+def test_a_sweep_without_values_hints_at_train(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = refused(capsys, "sweep", "job=mnist", "train.seed=1")
+    assert text.startswith("a sweep wants a key with several values") and "`train`" in text
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("argv", [["runs"], ["runs", "lists"], ["runs", "sync"]])

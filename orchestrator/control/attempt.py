@@ -31,6 +31,7 @@ class BlockTimes:
 
     traced_s: float = 0.0
     last_s: deque[float] = field(default_factory=lambda: deque(maxlen=_COUNTED_BLOCKS))
+    _slow_s: float | None = None  # as long as nothing is added
 
     def add(self, wall_s: float, *, traced: bool) -> None:
         """Count a block; one that traced or compiled tells little about the others."""
@@ -38,13 +39,16 @@ class BlockTimes:
             self.traced_s = wall_s
         else:
             self.last_s.append(wall_s)
+            self._slow_s = None
 
     @property
     def slow_s(self) -> float:
         """The 99th percentile; of blocks that traced as long as there is no other."""
         if not self.last_s:
             return self.traced_s
-        return sorted(self.last_s)[math.ceil(0.99 * len(self.last_s)) - 1]
+        if self._slow_s is None:
+            self._slow_s = sorted(self.last_s)[math.ceil(0.99 * len(self.last_s)) - 1]
+        return self._slow_s
 
 
 @dataclass(slots=True)
@@ -90,6 +94,7 @@ class Attempt:
     failures: list[Failed | Death] = field(default_factory=list)
     hosts: dict[int, str] = field(default_factory=dict)
     _blocks: BlockTimes = field(default_factory=BlockTimes)
+    _num_ended: int = 0
 
     @classmethod
     def begin(cls, number: int, began_at: int, num_workers: int, now: float) -> Attempt:
@@ -130,6 +135,7 @@ class Attempt:
             seen.step = message.last_step
             self.made_steps = True
         elif isinstance(message, Ended):
+            self._num_ended += seen.ended is None
             seen.ended = message.outcome
         elif isinstance(message, Failed | Death):
             self.failures.append(message)
@@ -147,7 +153,7 @@ class Attempt:
     @property
     def outcome(self) -> Outcome | None:
         """How the attempt ended, when every worker has ended well."""
-        outcomes = {seen.ended for seen in self.workers.values()}
-        if None in outcomes:
+        if self._num_ended < len(self.workers):
             return None
+        outcomes = {seen.ended for seen in self.workers.values()}
         return Outcome.stopped if Outcome.stopped in outcomes else Outcome.completed

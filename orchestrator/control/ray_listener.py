@@ -12,10 +12,11 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from orchestrator.spec.messages import Message
@@ -89,6 +90,8 @@ class Listener:
         """
         self._silence_s = silence_s
         self._heard: queue.Queue[Heard | BaseException] = queue.Queue()
+        self._answered: queue.SimpleQueue[tuple[Seat, Future[Any]]] = queue.SimpleQueue()
+        self._looked = 0.0
         self._lock = threading.Lock()
         self._seats: list[Seat] = []
         self._known_drained: set[str] = set()
@@ -101,8 +104,10 @@ class Listener:
     def add(self, seat: Seat) -> None:
         """Listen to an agent that has answered before."""
         with self._lock:
-            if seat not in self._seats:
-                self._seats.append(seat)
+            if seat in self._seats:
+                return
+            self._seats.append(seat)
+        self._ask(seat)
 
     def remove(self, seat: Seat) -> None:
         """Listen to an agent no more: from now on it knows nothing of the driver."""
@@ -148,39 +153,45 @@ class Listener:
             self._heard.put(error)
 
     def _look(self) -> None:
+        """Take what has been answered; now and then look at all, also at those that are silent.
+
+        Waiting for the polls of all agents anew after each answer would cost the square of their
+        number: every poll puts its answer into one queue instead.
+        """
+        with suppress(queue.Empty):
+            self._take(*self._answered.get(timeout=_LOOK_S))
+            for _ in range(self._answered.qsize()):
+                self._take(*self._answered.get_nowait())
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        # A process that was stopped itself has not listened all the time.
+        listened_s = min(now - self._looked, 2 * _LOOK_S)
+        self._looked = now
         with self._lock:
             seats = list(self._seats)
         for seat in seats:
-            if seat.poll is None:
-                seat.poll = seat.actor.listen.remote(_LONG_POLL_S, seat.stamp)
-        if not seats:
-            self._is_closing.wait(_LOOK_S)
-            return
-        begin = time.monotonic()
-        refs = [seat.poll for seat in seats]
-        ray.wait(refs, num_returns=1, timeout=_LOOK_S)
-        # Whatever else is there too: one that talks much must not hide another.
-        answered = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
-        # A process that was stopped itself has not listened all the time.
-        listened_s = min(time.monotonic() - begin, _LOOK_S)
-        for seat in seats:
-            if seat.poll in answered:
-                self._take(seat)
-            else:
-                seat.silent_s += listened_s
-                if seat.silent_s > self._silence_s:
-                    self._lose(Lost(seat, f"has not answered for {seat.silent_s:.1f} s"))
+            seat.silent_s += listened_s
+            if seat.silent_s > self._silence_s:
+                self._lose(Lost(seat, f"has not answered for {seat.silent_s:.1f} s"))
 
-    def _take(self, seat: Seat) -> None:
-        poll, seat.poll = seat.poll, None
+    def _ask(self, seat: Seat) -> None:
+        """Open a poll; its answer comes by itself, from a thread of Ray's."""
+        seat.poll = seat.actor.listen.remote(_LONG_POLL_S, seat.stamp)
+        seat.poll.future().add_done_callback(lambda answer: self._answered.put((seat, answer)))
+
+    def _take(self, seat: Seat, answer: Future[tuple[float, list[Message]]]) -> None:
+        if not self.hears(seat):
+            return
         try:
-            seat.stamp, messages = ray.get(poll)
+            seat.stamp, messages = answer.result()
         except RayError as error:
             self._lose(Lost(seat, "is gone", error))
             return
         seat.heard, seat.silent_s = time.monotonic(), 0.0
         for message in messages:
             self._heard.put(message)
+        self._ask(seat)
 
     def _lose(self, lost: Lost) -> None:
         if self.hears(lost.seat):  # else it is being ended on purpose

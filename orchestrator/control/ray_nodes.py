@@ -137,3 +137,10 @@ def _answers(node: Mapping[str, Any]) -> bool:
             return bool(probe.recv(1))
     except OSError:
         return False
+
+
+def cluster_total() -> tuple[int, int]:
+    """Return the CPUs and GPUs of all living nodes together."""
+    nodes = [node["Resources"] for node in living_nodes().values()]
+    cpus, gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
+    return cpus, gpus

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from orchestrator.control.attempt import Attempt
@@ -27,6 +29,8 @@ from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
 _POLL_S = 0.2
+# Looking at every worker each time any of many tells something would be all that is done.
+_WATCH_S = 0.1
 # How long a stop waits for the first block of an attempt, which may compile for minutes.
 _FIRST_BLOCK_S = 15.0
 
@@ -44,6 +48,7 @@ class Supervisor:
         notice: Callable[[str], None],
         newest_checkpoint: Callable[[], tuple[int, str] | None],
         journal: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
         replan: Callable[[int], RunPlan] | None = None,
         first_attempt: int = 1,
         clock: Callable[[], float] = time.monotonic,
@@ -60,6 +65,7 @@ class Supervisor:
             notice: shown to the user.
             newest_checkpoint: step and path of the newest valid checkpoint.
             journal: takes records of what was decided and of what was waited for.
+            together: the messages that are heard at once are observed within it.
             replan: returns the same plan with another number of workers; an elastic run needs it.
             first_attempt: number of the first attempt; later than 1 for a resumed run.
             clock: seconds from any origin.
@@ -72,11 +78,13 @@ class Supervisor:
         self._notice = notice
         self._newest_checkpoint = newest_checkpoint
         self._journal = journal
+        self._together = together
         self._number = first_attempt
         self._clock = clock
         self._stops = 0
         self._stop_sent_at: float | None = None
         self._listening = False
+        self._watched_at = -math.inf
         # Whether the attempt was asked to save and stop for the sake of the next one, and whether
         # that is because a node is to be left.
         self._makes_way = False
@@ -188,12 +196,14 @@ class Supervisor:
         return None
 
     def _listen(self, attempt: Attempt) -> None:
-        for message in self._group.poll(_POLL_S):
-            if isinstance(message, Draining):
-                self._leave(message)
-            else:
-                attempt.observe(message, self._clock())
-            self._observe(message)
+        messages = self._group.poll(_POLL_S)
+        with self._together():
+            for message in messages:
+                if isinstance(message, Draining):
+                    self._leave(message)
+                else:
+                    attempt.observe(message, self._clock())
+                self._observe(message)
 
     def _leave(self, message: Draining) -> None:
         """Save and stop an attempt with a worker on a node that goes: the next is elsewhere."""
@@ -257,6 +267,9 @@ class Supervisor:
         """Turn a worker that makes no progress beyond patience into one that is lost."""
         if attempt.failures or self._plan.config.cluster.name is ClusterName.inline:
             return  # inline, a debugger may hold it
+        if self._clock() - self._watched_at < _WATCH_S:
+            return
+        self._watched_at = self._clock()
         stall = watchdog.look(attempt)
         if stall is not None:
             attempt.failures.append(stall)

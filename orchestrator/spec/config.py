@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError
 from orchestrator.spec.explain import explain, unknown_key
-from orchestrator.spec.overrides import GROUPS, normalise, quoted
+from orchestrator.spec.overrides import GROUPS, key_of, normalise, quoted
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.secrets import is_literal_secret, masked
 from orchestrator.spec.validate import validate
@@ -32,20 +34,144 @@ def load_config(overrides: list[str], config_dir: Path | None = None) -> RunConf
     Raises:
         ConfigError: what is wrong, with value, rule, key and the nearest valid name.
     """
+    config, _ = compose_config(overrides, config_dir)
+    return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One of the configurations that a sweep's overrides stand for.
+
+    Attributes:
+        overrides: all of them, with one value each.
+        values: of the keys that are swept, as text.
+    """
+
+    overrides: list[str]
+    values: dict[str, str]
+
+
+def compose_config(overrides: list[str], config_dir: Path | None = None) -> tuple[RunConfig, str]:
+    """Do what `load_config` does; return the configuration also as YAML to be kept.
+
+    References such as `${oc.env:NAME}` stand in the text as they are, so it holds no secrets.
+
+    Raises:
+        ConfigError: what is wrong, with value, rule, key and the nearest valid name.
+    """
+    folders = _config_folders(config_dir)
+    overrides = normalise(overrides)
+    _refuse_without_job(overrides, folders)
+    with _explained(overrides, folders):
+        composed = _compose(overrides, folders)
+    return _finish(composed, overrides, folders)
+
+
+def load_kept(text: str, changes: Mapping[str, Any], config_dir: Path | None = None) -> RunConfig:
+    """Return the configuration that `compose_config` gave as YAML, whatever conf/ says by now.
+
+    Args:
+        text: the YAML.
+        changes: values of some dotted keys.
+        config_dir: as it was then; its modules are imported from there.
+
+    Raises:
+        ConfigError: this version does not know it, or what it refers to is not there.
+    """
+    from omegaconf import OmegaConf
+
+    folders = [CONF_DIR, *([config_dir] if config_dir is not None else [])]
+    with _explained([], folders):
+        kept = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text))
+        for key, value in changes.items():
+            OmegaConf.update(kept, key, value)
+    return _finish(kept, [], folders)[0]
+
+
+def change_kept(text: str, changes: Mapping[str, Any]) -> str:
+    """Return a configuration that is kept as YAML with other values of some dotted keys."""
+    from omegaconf import OmegaConf
+
+    kept = OmegaConf.create(text)
+    for key, value in changes.items():
+        OmegaConf.update(kept, key, value)
+    changed: str = OmegaConf.to_yaml(kept)
+    return changed
+
+
+def expand(overrides: list[str], config_dir: Path | None = None) -> list[Choice]:
+    """Return all combinations that overrides with several values stand for.
+
+    The grammar is that of Hydra's own sweeps: `a=1,2`, `choice(a,b)`, `range(1,5)`, `glob(*)` of a
+    group. The first key changes slowest.
+
+    Raises:
+        ConfigError: one is not of this grammar, a key has two overrides, or no key has two values.
+    """
+    import itertools
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    folders = _config_folders(config_dir)
+    overrides = normalise(overrides, sweeping=True)
+    with _explained(overrides, folders):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    columns: list[list[tuple[str, str | None]]] = []
+    seen: set[str] = set()
+    for text, override in zip(overrides, parsed, strict=True):
+        key = override.get_key_element()
+        if key.lstrip("+~") in seen:
+            raise ConfigError(f"{key.lstrip('+~')} is set twice; in a sweep say it once")
+        seen.add(key.lstrip("+~"))
+        if not override.is_sweep_override():
+            columns.append([(text, None)])
+            continue
+        values = _values(override, folders)
+        columns.append([(f"{key}={value}", value) for value in values])
+    choices = []
+    for row in itertools.product(*columns):
+        swept = {key_of(text): value for text, value in row if value is not None}
+        choices.append(Choice(overrides=[text for text, _ in row], values=swept))
+    return choices
+
+
+def _values(override: Any, folders: list[Path]) -> list[str]:
+    """Return the values of one override that has several, as the grammar writes them."""
+    from hydra.core.override_parser.types import ValueType
+
+    given = override.input_line
+    if not override.is_discrete_sweep():
+        raise ConfigError(
+            f"{given}: an interval has no end of values; list some, or use range(start,stop,step)"
+        )
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        group = override.key_or_group
+        if group not in GROUPS:
+            raise ConfigError(f"{given}: glob is for the groups {', '.join(GROUPS)}")
+        names = list_group(group, folders)
+        values: list[str] = override.value().filter(names)
+        if not values:
+            raise ConfigError(f"{given}: matches none of {', '.join(names)}")
+    else:
+        values = list(override.sweep_string_iterator())
+    if len(set(values)) < len(values):
+        raise ConfigError(f"{given}: the same value twice would be the same run twice")
+    return values
+
+
+def _config_folders(config_dir: Path | None) -> list[Path]:
+    """Return the folders of the configuration, the project's own first, all of them readable."""
     folders = [CONF_DIR, *([config_dir.resolve()] if config_dir is not None else [])]
     for folder in folders:
         _check_folder(folder)
     _refuse_hidden(folders[1:])
-    overrides = normalise(overrides)
+    return folders
+
+
+def _refuse_without_job(overrides: Sequence[str], folders: list[Path]) -> None:
     if not any(override.startswith("job=") for override in overrides):
         names = ", ".join(list_group("job", folders))
         raise ConfigError(f"no job was named; add job=NAME (make: conf=NAME). Jobs: {names}")
-    composed = _compose(overrides, folders)
-    config = _to_dataclass(composed, overrides)
-    code_dirs = [PROJECT_DIR, *folders[1:]]
-    config.code_dirs = [str(folder) for folder in code_dirs]
-    validate(config)
-    return config
 
 
 def list_group(group: str, folders: list[Path] | None = None) -> list[str]:
@@ -111,29 +237,46 @@ def _check_folder(folder: Path) -> None:
 
 
 def _compose(overrides: list[str], folders: list[Path]) -> Any:
-    import yaml
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name="schema", node=RunConfig)
     search = [f"hydra.searchpath=[{','.join(quoted(f'file://{f}') for f in folders[1:])}]"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("config", overrides=[*overrides, *(search if folders[1:] else [])])
+
+
+def _finish(composed: Any, overrides: list[str], folders: list[Path]) -> tuple[RunConfig, str]:
+    """Check and resolve what was composed; return it, and its YAML from before it was resolved."""
+    from omegaconf import OmegaConf
+
+    with _explained(overrides, folders):
+        missing = sorted(OmegaConf.missing_keys(composed) - _INTERNAL_KEYS)
+        if missing:
+            raise ConfigError(f"no value for {', '.join(missing)}; set {missing[0]}=...")
+        _refuse_secrets(OmegaConf.to_container(composed, resolve=False))
+        text = OmegaConf.to_yaml(composed)
+        OmegaConf.resolve(composed)
+    config = _to_dataclass(composed, overrides)
+    config.code_dirs = [str(folder) for folder in [PROJECT_DIR, *folders[1:]]]
+    validate(config)
+    return config, text
+
+
+@contextmanager
+def _explained(overrides: list[str], folders: list[Path]) -> Iterator[None]:
+    """Turn what Hydra, OmegaConf and YAML raise into words that help."""
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            config = compose("config", overrides=[*overrides, *(search if folders[1:] else [])])
-            missing = sorted(OmegaConf.missing_keys(config) - _INTERNAL_KEYS)
-            if missing:
-                raise ConfigError(f"no value for {', '.join(missing)}; set {missing[0]}=...")
-            _refuse_secrets(OmegaConf.to_container(config, resolve=False))
-            OmegaConf.resolve(config)
+        yield
     except yaml.YAMLError as error:
         raise ConfigError(f"a file of the configuration is not YAML: {error}") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         names = {group: list_group(group, folders) for group in GROUPS}
         raise ConfigError(explain(error, overrides, folders, names)) from None
-    return config
 
 
 def _refuse_secrets(values: Any) -> None:

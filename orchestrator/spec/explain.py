@@ -25,6 +25,9 @@ def explain(
         folders: of the configuration; the first is the project's own.
         names: what each group offers.
     """
+    if type(error).__name__ == "OverrideParseException":
+        told = str(error).strip().splitlines()[0]
+        return f"{getattr(error, 'override', '')}: not in Hydra's override grammar: {told}"
     chain = _chain(error)
     text = "\n".join(str(item) for item in chain)
     if match := re.search(r"Could not find '(\w+)/([^']*)'", text):

@@ -19,14 +19,18 @@ _PLAIN_NAME = re.compile(r"[\w.\-]+", re.ASCII)
 _PLAIN_TEXT = re.compile(r"[\w.\-/:@+]+", re.ASCII)
 
 
-def normalise(overrides: list[str]) -> list[str]:
+def normalise(overrides: list[str], *, sweeping: bool = False) -> list[str]:
     """Return overrides that Hydra's grammar takes for what was meant.
+
+    Args:
+        overrides: as typed.
+        sweeping: a comma or a bracket in a text is the grammar's, unless it is quoted.
 
     Raises:
         ConfigError: one is not KEY=VALUE, or its key is not for people.
     """
     texts = {key for key, hint in schema_keys() if hint in (str, str | None)}
-    return [_normal(override, texts) for override in overrides]
+    return [_normal(override, texts, sweeping) for override in overrides]
 
 
 def key_of(override: str) -> str:
@@ -45,7 +49,7 @@ def schema_keys(schema: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{item.name}", hint
 
 
-def _normal(override: str, texts: set[str]) -> str:
+def _normal(override: str, texts: set[str], sweeping: bool) -> str:
     key, equals, value = override.partition("=")
     if not key.strip("+~") or not (equals or key.startswith("~")):
         raise ConfigError(f"{override}: an override is KEY=VALUE, such as train.epochs=3")
@@ -53,7 +57,7 @@ def _normal(override: str, texts: set[str]) -> str:
         raise ConfigError(f"{override}: there is no such key; `orchestrator config` prints all")
     if key in GROUPS:
         return f"{key}={_choice(key, value)}"
-    if key in texts:
+    if key in texts and not (sweeping and re.search(r"[,(]", value)):
         return f"{key}={_text(value)}"
     # Constructor arguments may be given that no file names.
     return f"++{override}" if key.startswith(_FREE_SECTION) else override

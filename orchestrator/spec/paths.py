@@ -153,3 +153,59 @@ class RunPaths:
     def worker_stacks(self, attempt: int, worker: int) -> Path:
         """Python stacks of one worker, written on request."""
         return self.logs_dir / f"attempt-{attempt}" / f"worker-{worker}.stacks"
+
+
+SWEEPS = "sweeps"  # the folder in runs_dir that no job can be called by
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPaths:
+    """The folder `runs/sweeps/<sweep>/` and what lies in it; the children's runs lie elsewhere.
+
+    Attributes:
+        root: absolute path of the folder.
+    """
+
+    root: Path
+
+    @property
+    def sweep(self) -> Path:
+        """What the sweep was asked for and its children, JSON; written once."""
+        return self.root / "sweep.json"
+
+    def config(self, child: str) -> Path:
+        """The configuration of a child as it was at the first call, YAML."""
+        return self.root / "configs" / f"{child}.yaml"
+
+    def log(self, child: str) -> Path:
+        """What the commands that trained a child have printed."""
+        return self.root / "logs" / f"{child}.log"
+
+    @property
+    def stopped(self) -> Path:
+        """Which children were stopped for being behind the others: a journal."""
+        return self.root / "stopped.jsonl"
+
+    @property
+    def table(self) -> Path:
+        """All children with their results, Markdown."""
+        return self.root / "table.md"
+
+    @property
+    def csv(self) -> Path:
+        """The same as comma-separated values."""
+        return self.root / "table.csv"
+
+    @property
+    def plot(self) -> Path:
+        """The children's evaluations over their steps, PNG."""
+        return self.root / "evaluations.png"
+
+    @property
+    def recorded(self) -> Path:
+        """Is there when MLflow has all of a sweep that is done."""
+        return self.root / ".recorded"
+
+    def run(self, job: str, name: str) -> RunPaths:
+        """Return the run of a child."""
+        return RunPaths(self.root.parents[1] / job / name)

@@ -142,7 +142,7 @@ def make_plan(
         )
     eval_batch = min(math.ceil(batch / replicas), config.data.num_eval_examples or 1)
     root = (cwd / config.runs_dir).resolve()
-    uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
+    uri, artifact_root = tracking_store(config, cwd)
     return RunPlan(
         config=config,
         run=run,
@@ -158,13 +158,20 @@ def make_plan(
         eval_batch_size=eval_batch,
         eval_steps=math.ceil(config.data.num_eval_examples / (eval_batch * replicas)),
         tracking_uri=uri,
-        artifact_root=str(root / "mlartifacts") if uri.startswith("sqlite:") else None,
+        artifact_root=artifact_root,
         data_dir=str((cwd / config.data.cache_dir).resolve()),
         data_path=None if config.data.path is None else str((cwd / config.data.path).resolve()),
         init_from=config.train.init_from,
         profile_steps=_profile_steps(config, total_steps),
         loss_scale=_loss_scale(config),
     )
+
+
+def tracking_store(config: RunConfig, cwd: Path) -> tuple[str, str | None]:
+    """Return MLflow's address, and for a SQLite file the folder that keeps artifacts."""
+    root = (cwd / config.runs_dir).resolve()
+    uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
+    return uri, str(root / "mlartifacts") if uri.startswith("sqlite:") else None
 
 
 def split_evenly(total: int, parts: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from orchestrator.spec.chaos import ChaosConfig
+from orchestrator.spec.sweep import SweepConfig
 
 
 class StrategyName(Enum):
@@ -328,6 +329,7 @@ class RunConfig:
     export: ExportConfig
     verify: VerifyConfig
     chaos: ChaosConfig
+    sweep: SweepConfig
     runs_dir: str
     run_name: str | None
     resume: str | None

@@ -20,6 +20,7 @@ from orchestrator.spec.schema import (
     StrategyName,
 )
 from orchestrator.spec.secrets import mask_text
+from orchestrator.spec.sweep import sweep_rules
 from orchestrator.spec.validate_recovery import recovery_rules
 from orchestrator.spec.validate_train import train_rules
 
@@ -57,6 +58,7 @@ def validate(config: RunConfig) -> None:
         *_lengths(config),
         *recovery_rules(config),
         *train_rules(config),
+        *sweep_rules(config),
         *_optimizer(config),
         *_names(config),
         *_job_class(config),

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,29 @@ class Journal:
         Raises:
             StorageError: it could not be written; the journal is as it was before.
         """
+        kept = _compact(record)
+        self.extend([kept])
+        return kept
+
+    def extend(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write records and wait until all are on the disk, which takes as long as for one.
+
+        Raises:
+            StorageError: they could not be written; the journal is as it was before.
+        """
         with self._lock:
-            number = self._number + 1
-            kept = _compact(record)
-            line = _encode(number, kept)
+            numbered = enumerate(map(_compact, records), self._number + 1)
+            lines = b"".join(_encode(number, record) for number, record in numbered)
             try:
                 # A failed append may have left half a line behind.
                 os.ftruncate(self._file, self._end)
-                _write_all(self._file, line, self._end)
+                _write_all(self._file, lines, self._end)
                 os.fsync(self._file)
             except OSError as error:
                 raise StorageError(
                     f"cannot write the journal {self._path}: {error.strerror}"
                 ) from error
-            self._number, self._end = number, self._end + len(line)
-        return kept
+            self._number, self._end = self._number + len(records), self._end + len(lines)
 
     def close(self) -> None:
         """Close the file; every record is on the disk already."""

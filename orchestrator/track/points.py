@@ -16,6 +16,8 @@ from orchestrator.track.goodput import Goodput
 # A metric gets at most so many points a second when tracking.log_every_steps is auto.
 _MAX_POINTS_PER_S = 5.0
 _CHIEF = 0
+# Of more workers than these each gets a point less often, so that all together get no more.
+_MAX_WORKERS = 64
 
 
 class Point(NamedTuple):
@@ -51,6 +53,7 @@ class Points:
         self._last_ended = 0
         self._goodput = Goodput()
         self._num_samples: dict[str, int] = {}
+        self._stride = 1  # windows of the chief for one of another worker
 
     def feed(self, record: Mapping[str, Any]) -> list[Point]:
         """Take the next record and return the points that it completes."""
@@ -63,6 +66,8 @@ class Points:
                 # The choice in the journal stands, even when another one was made since.
                 self.window = int(record["log_every_steps"])
                 yield from self._catch_up()
+            case "AttemptStarted":
+                self._stride = -(-record.get("num_workers", 1) // _MAX_WORKERS)
             case "BlockDone":
                 yield from self._block(record)
             case "Evaluated":
@@ -100,7 +105,8 @@ class Points:
             return
         worker = record["worker"]
         if worker not in self._windows:
-            self._windows[worker] = _Window(worker, self.window, self._global_batch_size)
+            steps = self.window * (1 if worker == _CHIEF else self._stride)
+            self._windows[worker] = _Window(worker, steps, self._global_batch_size)
         yield from self._windows[worker].add(record)
 
     def _num_waiting_of_chief(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from orchestrator.track.report import write_report
 
 # What drawing and writing the page of a run may take.
 _PAGE_S = 5.0
+# Records that are written at once: of many that wait, some may find room on a disk.
+_AT_ONCE = 256
 
 
 class Record:
@@ -50,6 +54,7 @@ class Record:
         self._waiting: deque[Mapping[str, Any]] = deque()
         self._failing_since: float | None = None
         self._has_ended = False
+        self._is_gathering = False
         self._paths = RunPaths(path.parent)
         self._journal = Journal(path)
         self._projection = Projection(facts, keep=self.add, notice=notice)
@@ -65,9 +70,22 @@ class Record:
         """Journal a record, or keep it until that is possible; MLflow's thread reads the file."""
         with self._lock:
             self._waiting.append(record)
-            said = self._write_waiting()
+            said = "" if self._is_gathering else self._write_waiting()
         if said:
             self._notice(said)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what a block adds when the block is over: the disk is waited for once."""
+        self._is_gathering = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_gathering = False
+                said = self._write_waiting()
+            if said:
+                self._notice(said)
 
     def start_tracking(self) -> None:
         """Let MLflow's thread begin; it takes seconds of CPU that training could use."""
@@ -116,8 +134,10 @@ class Record:
         """Write what waits, as far as possible; return what to say about it."""
         try:
             while self._waiting:
-                self._journal.append(self._waiting[0])
-                self._waiting.popleft()
+                records = list(islice(self._waiting, _AT_ONCE))
+                self._journal.extend(records)
+                for _ in records:
+                    self._waiting.popleft()
         except StorageError as error:
             self.error = str(error)
             if self._failing_since is not None:

@@ -132,3 +132,13 @@ def test_a_failed_append_leaves_the_journal_as_it_was(
 def test_a_folder_that_is_not_there_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file"):
         Journal(tmp_path / "missing" / "journal.jsonl")
+
+
+def test_records_that_are_written_together_are_read_one_by_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append({"kind": "A"})
+    journal.extend([{"kind": "B"}, {"kind": "C"}])
+    journal.append({"kind": "D"})
+    journal.close()
+    kinds = [record["kind"] for record in read(tmp_path / "journal.jsonl")]
+    assert kinds == ["A", "B", "C", "D"]

@@ -205,3 +205,30 @@ def test_samples_of_a_node_are_counted_over_restarts_and_stops() -> None:
         Point("system/a/cpu_utilization_percentage", 30.0, 4000, 2),
     ]
     assert series(points, "system/b/gpu_0_utilization_percentage") == [(0, 50.0)]
+
+
+def test_many_workers_get_no_more_points_together_than_a_few() -> None:
+    def count(workers: int) -> int:
+        points = Points(1, 32)
+        points.feed({"kind": "AttemptStarted", "time": 1.0, "num_workers": workers})
+        blocks = [
+            {
+                "kind": "BlockDone",
+                "worker": worker,
+                "time": 2.0,
+                "first_step": first,
+                "num_steps": 16,
+                "wall_s": 1.0,
+                "data_wait_s": 0.0,
+                "skipped_steps": [],
+                "loss": [0.5] * 16,
+                "learning_rate": [0.1] * 16,
+                "metrics": {},
+            }
+            for first in range(0, 64, 16)
+            for worker in range(1, workers)
+        ]
+        return sum(len(points.feed(block)) for block in blocks)
+
+    assert count(64) == 63 * 64  # a point a step
+    assert count(256) == 255 * 16  # of 256 workers each fourth

@@ -1,0 +1,42 @@
+"""Ends the MLflow run of a sweep whose process was killed; guardian.py says how it comes to be.
+
+The children are drivers of their own: each has a guardian of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from orchestrator.guardian import GRACE_S, held
+from orchestrator.spec.config import load_kept
+from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.secrets import mask_text
+from orchestrator.sweep_folder import read_sweep
+from orchestrator.sweep_record import facts_of
+from orchestrator.sweep_state import states_of
+from orchestrator.track.mlflow_sweep import end_parent
+
+
+def end_sweep(root: Path) -> None:
+    """Say in MLflow that a sweep that nobody works on was killed."""
+    time.sleep(GRACE_S)
+    sweep = read_sweep(root)
+    if sweep.paths.recorded.exists() or not any(s.mlflow_run for s in states_of(sweep)):
+        return
+    text = sweep.paths.config(sweep.children[0].name).read_text()
+    facts = facts_of(sweep, load_kept(text, {}, sweep.config_dir))
+    with held(RunPaths(root)) as is_held:
+        if is_held:
+            end_parent(facts, sweep.began, "KILLED")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    try:
+        end_sweep(folder)
+    except Exception as error:
+        told = mask_text(repr(error))
+        print(f"the record of {folder} could not be ended: {told}", file=sys.stderr)
+        sys.exit(1)
