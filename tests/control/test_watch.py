@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Watched:
 
     def tell(self, *messages: Message) -> None:
         for message in messages:
-            self.attempt.observe(message, self.now)
+            told = dataclasses.replace(message, attempt=self.attempt.number)
+            self.attempt.observe(told, self.now)
 
     def beat(self) -> None:
         """Let every worker send the beacon that tells nothing new."""
