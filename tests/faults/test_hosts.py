@@ -128,7 +128,7 @@ def test_a_cut_cable_stops_both_sides_and_the_run_goes_on_elsewhere(
 
 def test_a_lost_node_is_noticed_and_replaced(hosts: Hosts, training: Training) -> None:
     attempt = training.attempt
-    victim, lost = lose(training, hosts, lambda host: hosts.kill(host, everything=False))
+    victim, lost = lose(training, hosts, hosts.kill_raylet)
     training.await_next()
     told = min(
         record["time"] for kind in ("Death", "Failed") for record in training.of(kind, attempt)
