@@ -23,7 +23,7 @@ EXIT_PATIENCE_S = 5.0
 
 _session_id = uuid.uuid4().hex
 _skips: list[tuple[str, str]] = []
-_leftovers: list[str] = []
+leftovers: list[str] = []
 
 
 def read_allowed_skips(text: str) -> list[str]:
@@ -135,7 +135,7 @@ def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 @pytest.hookimpl(trylast=True)  # after the teardown of session fixtures, which runs in this hook
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    _leftovers.extend(kill_leftovers())
+    leftovers.extend(kill_leftovers())
     if unexpected_skips() and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -147,9 +147,9 @@ def pytest_terminal_summary(
     yield
     if "tests/gpu" in (config.getoption("ignore") or []):
         terminalreporter.write_line("NOT RUN tests/gpu: needs a GPU; python -m pytest tests/gpu")
-    if _leftovers:
+    if leftovers:
         terminalreporter.section("left running by tests, killed", yellow=True)
-        for line in _leftovers:
+        for line in leftovers:
             terminalreporter.write_line(line)
     if unexpected := unexpected_skips():
         terminalreporter.section("FAILED: skips that tests/skips.txt does not allow", red=True)
