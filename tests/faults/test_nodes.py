@@ -95,6 +95,8 @@ def test_a_host_that_was_cut_off_writes_nothing_after_five_seconds_nor_when_it_i
         print(f"cut off: {len(mine)} writes, the last {last - cut:.2f} s after the cut")
         assert mine, "the watch sees nothing"
         assert [write for write in mine if write.time > cut + SILENT_S] == []
-        # Who was gone before it could be asked is not on the cut side if its file is not either.
+        # Whoever was gone before it could be asked wrote into no file of the attempt that was cut.
+        unknown = [w for w in writes if w.network == 0 and w.time > cut + SILENT_S]
+        assert [write for write in unknown if "attempt-1" in str(write.path)] == []
         assert not rig.is_alive(victim["pid"])
         hosts.start(host)
