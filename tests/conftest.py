@@ -11,9 +11,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from orchestrator.control.launcher import Zygote
 
 # Every process started by a test inherits it, also one that is re-parented to init.
 SESSION_VARIABLE = "ORCHESTRATOR_TEST_SESSION"
@@ -24,6 +28,16 @@ EXIT_PATIENCE_S = 5.0
 _session_id = uuid.uuid4().hex
 _skips: list[tuple[str, str]] = []
 leftovers: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """One for all tests, as importing TensorFlow takes seconds; the first child waits for it."""
+    from orchestrator.control.launcher import start_zygote
+
+    started = start_zygote()
+    yield started
+    started.close()
 
 
 def read_allowed_skips(text: str) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,21 +15,13 @@ import pytest
 from orchestrator.chaos import chaos
 from orchestrator.chaos_netns import why_not_here
 from orchestrator.control import folders, worker_process
-from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.control.launcher import Zygote
 from orchestrator.errors import ConfigError, ExitCode
 from tests.faults.chaos_rig import MINE, CutOff, Here, planted
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("chaos.step_ms=5", "train.block_s=0.1", "train.eval_every_steps=null")
 Run = Callable[..., tuple[ExitCode, str]]
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    """One for all tests: importing TensorFlow is most of the time of a small run."""
-    started = start_zygote()
-    yield started
-    started.close()
 
 
 @pytest.fixture
