@@ -102,6 +102,9 @@ class Listener:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=self._is_alone)  # they come last, and the others keep their order
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self) -> Iterator[None]:
         result = yield
@@ -109,9 +112,12 @@ class Listener:
         return result
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        if any(item.path.is_relative_to(folder) for folder in self._alone):
+        if self._is_alone(item):
             self._join()
         self._listen()
+
+    def _is_alone(self, item: pytest.Item) -> bool:
+        return any(item.path.is_relative_to(folder) for folder in self._alone)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:

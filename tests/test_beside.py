@@ -52,15 +52,15 @@ def run_pytest(folder: Path, last: str = "pass") -> tuple[int, str]:
     files = {
         "a/test_other": OTHER,
         "b/test_beside": BESIDE.format(last=last),
-        "c/test_alone": ALONE,
+        "a/alone/test_alone": ALONE,
     }
     for name, text in files.items():
         path = folder / "tests" / f"{name}.py"
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for name in ("__init__", "conftest", "beside"):
         shutil.copy(HERE / f"{name}.py", folder / "tests")
-    options = ["-p", "tests.beside", "--beside=tests/b", "--alone=tests/c", "-rs", "tests"]
+    options = ["-p", "tests.beside", "--beside=tests/b", "--alone=tests/a/alone", "-rs", "tests"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
         cwd=folder,
