@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,10 +112,12 @@ class Listener:
         self._join()
         return result
 
-    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # the wait is not the test's own time
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         if self._is_alone(item):
             self._join()
         self._listen()
+        return (yield)
 
     def _is_alone(self, item: pytest.Item) -> bool:
         return any(item.path.is_relative_to(folder) for folder in self._alone)
@@ -126,6 +129,7 @@ class Listener:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
             self._listen()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._broken:
@@ -163,9 +167,7 @@ class Listener:
             conftest.leftovers.extend(content)
         else:
             report = hook.pytest_report_from_serializable(config=self._config, data=content)
-            if isinstance(
-                report.longrepr, list
-            ):  # where and why it was skipped: JSON has no tuples
+            if isinstance(report.longrepr, list):  # JSON has no tuples
                 report.longrepr = tuple(report.longrepr)
             if isinstance(report, pytest.CollectReport):
                 hook.pytest_collectreport(report=report)
