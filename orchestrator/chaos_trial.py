@@ -92,6 +92,10 @@ class Trial:
         differences += judge(undisturbed, left, self.steps)
         for line in scene.command.leftovers(_LEFTOVER_S):
             differences.append(Difference(f"left running: {line}"))
+        scene.aim()  # at workers on other hosts, which the command did not start itself
+        for process in scene.group:
+            if process.is_alive:
+                differences.append(Difference(f"left running: {process.pid}, a worker"))
         return rows, differences
 
     def _scene(
