@@ -72,7 +72,7 @@ def chaos(
     given = _with_defaults(overrides)
     config = load_config(given, config_dir)
     _refuse(config)
-    no_hosts = _why_no_hosts(config)
+    no_hosts = why_no_hosts(config)
     faults, not_run = _schedule(config, no_hosts)
     start = time.monotonic()
     parent = (cwd / config.runs_dir).resolve() / config.job.name
@@ -155,7 +155,7 @@ def _num_steps(faults: Sequence[Fault]) -> int:
     return max(needs.values())
 
 
-def _why_no_hosts(config: RunConfig) -> str:
+def why_no_hosts(config: RunConfig) -> str:
     """Say why faults of hosts cannot be injected; empty if they can, or need not be."""
     if not any(FAULTS[name].needs_hosts for name in _chosen(config)):
         return ""
