@@ -13,7 +13,7 @@ import pytest
 from orchestrator.train import store
 from tests.cluster import rig
 from tests.faults.host_rig import SLACK_S, Training, long_training, lose
-from tests.faults.writes import network_of, writes_below
+from tests.faults.writes import Write, network_of, writes_below
 from tests.hosts import Hosts, hosts_or_skip
 
 pytestmark = pytest.mark.thorough
@@ -45,10 +45,50 @@ def hosts() -> Iterator[Hosts]:
 
 
 @pytest.fixture(scope="module")
-def training(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run is."""
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def writes(folder: Path) -> Iterator[list[Write]]:
+    """All that is written there from the first moment on."""
+    with writes_below(folder) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def training(hosts: Hosts, folder: Path, writes: list[Write]) -> Iterator[Training]:
     """A run on two of the hosts."""
-    with long_training(hosts, tmp_path_factory.mktemp("training")) as begun:
+    with long_training(hosts, folder) as begun:
         yield begun
+
+
+def test_a_host_that_was_cut_off_writes_nothing_after_five_seconds_nor_when_it_is_back(
+    hosts: Hosts, training: Training, writes: list[Write]
+) -> None:
+    victim, cut = lose(training, hosts, hosts.cut)
+    host = Hosts.index(victim["host"])
+    there = network_of(victim["pid"])
+    assert there not in (0, network_of(os.getpid()))
+    training.await_next()
+    training.await_steps()
+    rig.wait_for(lambda: time.time() > cut + CUT_S, "half a minute", CUT_S + 1)
+    hosts.heal(host)
+    # Ray tells the node that it was given up, and its raylet ends with its workers.
+    rig.wait_for(lambda: not hosts.raylet(host), "the raylet to be told")
+    saved = len(training.of("Saved"))
+    rig.wait_for(lambda: len(training.of("Saved")) > saved + 2, "three more checkpoints")
+    mine = [write for write in writes if write.network == there]
+    assert mine, "the watch sees nothing"
+    last = max(write.time for write in mine)
+    print(f"cut off: {len(mine)} writes, the last {last - cut:.2f} s after the cut")
+    assert [write for write in mine if write.time > cut + SILENT_S] == []
+    # Whoever was gone before it could be asked wrote into no file of the attempt that was cut.
+    unknown = [w for w in writes if w.network == 0 and w.time > cut + SILENT_S]
+    assert [write for write in unknown if "attempt-1" in str(write.path)] == []
+    assert not rig.is_alive(victim["pid"])
+    hosts.start(host)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -72,31 +112,3 @@ def test_a_node_that_is_lost_is_noticed_and_what_it_does_later_counts_for_nothin
         if path.stat().st_ctime > woken:
             assert store.read_manifest(path)["attempt"] == training.attempt
     hosts.start(host)
-
-
-def test_a_host_that_was_cut_off_writes_nothing_after_five_seconds_nor_when_it_is_back(
-    hosts: Hosts, tmp_path: Path
-) -> None:
-    with writes_below(tmp_path) as writes, long_training(hosts, tmp_path) as training:
-        victim, cut = lose(training, hosts, hosts.cut)
-        host = Hosts.index(victim["host"])
-        there = network_of(victim["pid"])
-        assert there not in (0, network_of(os.getpid()))
-        training.await_next()
-        training.await_steps()
-        rig.wait_for(lambda: time.time() > cut + CUT_S, "half a minute", CUT_S + 1)
-        hosts.heal(host)
-        # Ray tells the node that it was given up, and its raylet ends with its workers.
-        rig.wait_for(lambda: not hosts.raylet(host), "the raylet to be told")
-        saved = len(training.of("Saved"))
-        rig.wait_for(lambda: len(training.of("Saved")) > saved + 2, "three more checkpoints")
-        mine = [write for write in writes if write.network == there]
-        last = max(write.time for write in mine)
-        print(f"cut off: {len(mine)} writes, the last {last - cut:.2f} s after the cut")
-        assert mine, "the watch sees nothing"
-        assert [write for write in mine if write.time > cut + SILENT_S] == []
-        # Whoever was gone before it could be asked wrote into no file of the attempt that was cut.
-        unknown = [w for w in writes if w.network == 0 and w.time > cut + SILENT_S]
-        assert [write for write in unknown if "attempt-1" in str(write.path)] == []
-        assert not rig.is_alive(victim["pid"])
-        hosts.start(host)
