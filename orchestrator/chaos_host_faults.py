@@ -33,7 +33,7 @@ def heal(scene: Scene) -> str:
     hosts = _hosts(scene)
     hosts.heal(scene.host)
     scene.watch.until(lambda: not hosts.raylet(scene.host), _RAYLET_END_S)
-    return all_gone(scene) or _give_back(scene) or _late_files(scene)
+    return all_gone(scene) or _give_back(scene) or late_files(scene)
 
 
 def give_back(scene: Scene) -> str:
@@ -41,22 +41,7 @@ def give_back(scene: Scene) -> str:
     return all_gone(scene) or _give_back(scene)
 
 
-def _aim_at_a_host(scene: Scene) -> Hosts:
-    """Choose the first worker that is not beside the driver, which would be lost with it."""
-    scene.aim()
-    for worker, name in sorted(scene.watch.hosts.items()):
-        if host := Hosts.index(name):
-            scene.worker, scene.host = worker, host
-            return _hosts(scene)
-    raise NotRun("every worker is on the driver's host")
-
-
-def _give_back(scene: Scene) -> str:
-    _hosts(scene).start(scene.host)
-    return ""
-
-
-def _late_files(scene: Scene) -> str:
+def late_files(scene: Scene) -> str:
     """Say what the attempt that was cut off wrote when it had to be silent."""
     limit = scene.moment + _SILENT_S
     paths, attempt = scene.paths, scene.attempt
@@ -75,6 +60,21 @@ def _late_files(scene: Scene) -> str:
         except (OSError, ValueError, KeyError):
             continue  # it is pruned in this moment
     return f"attempt {attempt} wrote {', '.join(late)} after {_SILENT_S:g} s" if late else ""
+
+
+def _aim_at_a_host(scene: Scene) -> Hosts:
+    """Choose the first worker that is not beside the driver, which would be lost with it."""
+    scene.aim()
+    for worker, name in sorted(scene.watch.hosts.items()):
+        if host := Hosts.index(name):
+            scene.worker, scene.host = worker, host
+            return _hosts(scene)
+    raise NotRun("every worker is on the driver's host")
+
+
+def _give_back(scene: Scene) -> str:
+    _hosts(scene).start(scene.host)
+    return ""
 
 
 def _hosts(scene: Scene) -> Hosts:

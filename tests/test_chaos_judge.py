@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -11,11 +12,15 @@ from typing import Any
 
 import pytest
 
+from orchestrator.chaos_command import Command
 from orchestrator.chaos_delays import delays, longest
 from orchestrator.chaos_faults import FAULTS
+from orchestrator.chaos_host_faults import late_files
 from orchestrator.chaos_judge import Difference, Left, judge
+from orchestrator.chaos_scene import Scene
 from orchestrator.chaos_storm import Row
 from orchestrator.chaos_table import Certificate, lines, write_report
+from orchestrator.chaos_watch import Watch
 from orchestrator.spec.chaos import FaultName
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import Journal
@@ -186,6 +191,21 @@ def test_a_block_that_was_held_up_shows_and_one_after_an_evaluation_does_not() -
     assert longest(found, 10.6, 20.0) == pytest.approx(0.3)
     assert longest(found, 0.0, 10.6) == pytest.approx(0.0)
     assert longest([], 0.0, 10.0) == 0.0
+
+
+@pytest.mark.parametrize(("late_s", "said"), [(4.0, ""), (6.0, "attempt 2 wrote worker-1.log")])
+def test_what_a_cut_host_writes_when_it_must_be_silent_is_found(
+    late_s: float, said: str, tmp_path: Path
+) -> None:
+    paths = RunPaths(tmp_path)
+    command = Command([], tmp_path, tmp_path / "log")
+    scene = Scene(Watch(paths.journal), command, paths, num_workers=2, every_steps=20)
+    scene.attempt, scene.worker, scene.moment = 2, 1, 1000.0
+    log = paths.worker_log(2, 1)
+    log.parent.mkdir(parents=True)
+    log.touch()
+    os.utime(log, (1000.0 + late_s, 1000.0 + late_s))
+    assert late_files(scene).startswith(said) and bool(late_files(scene)) == bool(said)
 
 
 def test_a_report_keeps_the_last_section_of_each_job(tmp_path: Path) -> None:
