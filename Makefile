@@ -56,8 +56,11 @@ ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface
 submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=http://head:8265
 	$(orchestrator) submit $(job) $(if $(address),cluster.address=$(call quote,$(address))) $(args)
 
+# Those of tests/train keep a processor busy while those of tests/cluster wait for processes.
+everything := --ignore=tests/gpu -p tests.beside --beside=tests/train --alone=tests/faults
+
 test: lint types ## Lint, types, all tests but tests/gpu (args= names others)
-	@exec $(python) -m pytest --durations=10 -rs $(or $(args),--ignore=tests/gpu)
+	@exec $(python) -m pytest --durations=10 -rs $(or $(args),$(everything))
 
 bench: .venv/.stamp-dev ## Measure speed against loops by hand: only=mnist-graph pairs=5
 	@exec $(python) -m benchmarks $(foreach key,only pairs seconds fresh list,\

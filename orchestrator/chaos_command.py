@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
+from orchestrator.chaos_hosts import Hosts
 from orchestrator.errors import StorageError
+from orchestrator.runs import merge_overrides
 from orchestrator.spec.config import PROJECT_DIR
 
 # Every process of a run inherits it, also one that is re-parented to init.
@@ -54,16 +57,9 @@ class Command:
             _MARK: self._mark,
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         }
+        train = [sys.executable, "-m", "orchestrator", "train", *self.arguments, *more]
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", "train", *self.arguments, *more],
-                cwd=self.cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+            self._process = self._popen(train, env, output)
 
     @property
     def code(self) -> int | None:
@@ -104,6 +100,19 @@ class Command:
             self._process.wait()
             self.leftovers(0)
 
+    def _popen(
+        self, train: Sequence[str], env: Mapping[str, str], output: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            train,
+            cwd=self.cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
     def _living(self) -> dict[int, str]:
         wanted = f"{_MARK}={self._mark}".encode()
         found = {}
@@ -114,6 +123,21 @@ class Command:
                     line = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
                     found[int(folder.name)] = line.decode(errors="replace").strip()[:80]
         return found
+
+
+class OnHosts(Command):
+    """Starts the train command on the first of some hosts, with its workers on several of them."""
+
+    def __init__(self, hosts: Hosts, arguments: Sequence[str], cwd: Path, log: Path):
+        """Start nothing yet; the other arguments are those of a command."""
+        super().__init__(merge_overrides(list(arguments), list(hosts.arguments)), cwd, log)
+        self._hosts = hosts
+
+    def _popen(
+        self, train: Sequence[str], env: Mapping[str, str], output: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        entered = self._hosts.entered(0, train, self.cwd)
+        return super()._popen(entered, {**env, **self._hosts.env}, output)
 
 
 class Server:

@@ -8,123 +8,22 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
-from orchestrator.chaos_command import Command, Server
-from orchestrator.chaos_watch import Process, Watch
+from orchestrator import chaos_host_faults
+from orchestrator.chaos_delays import delays, longest
+from orchestrator.chaos_scene import Ends, Fault, NotRun, Scene
+from orchestrator.chaos_watch import Process
 from orchestrator.spec.chaos import FaultName
-from orchestrator.spec.paths import RunPaths
+from orchestrator.track.journal import read
 from orchestrator.train import store
 
-_PATIENCE_S = 60.0
 _EXIT_S = 3.0
 _LOG_ROOM_BYTES = 1 << 16
-
-
-class NotRun(Exception):
-    """A fault cannot be injected here; the text says why."""
-
-
-class Ends(Enum):
-    """What a fault leads to."""
-
-    restart = "the group restarts"
-    resume = "the command ends, and goes on with resume="
-    nothing = "training goes on"
-
-
-@dataclass(slots=True)
-class Scene:
-    """A run under fire.
-
-    Attributes:
-        num_workers: of the run.
-        every_steps: between checkpoints.
-        moment: Unix seconds at which the fault struck; the last time, if it strikes twice.
-        struck: processes that the fault is about.
-        group: the workers of the attempt that it struck.
-        notes: figures to tell beside the times.
-    """
-
-    watch: Watch
-    command: Command
-    paths: RunPaths
-    num_workers: int
-    every_steps: int
-    server: Server | None = None
-    moment: float = 0.0
-    struck: list[Process] = field(default_factory=list)
-    group: list[Process] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def other(self) -> int:
-        """A worker that is not the chief, if there is one."""
-        return min(1, self.num_workers - 1)
-
-    def aim(self) -> None:
-        """Take the workers of the present attempt for those that the fault is about."""
-        self.group = [Process.of(pid) for pid in self.watch.pids.values()]
-
-    def signal(self, number: int, *workers: int) -> None:
-        """Send a signal to workers, one right after the other."""
-        self.aim()
-        pids = [self.watch.pids[worker] for worker in workers]
-        self.struck += [Process.of(pid) for pid in pids]
-        self.moment = time.time()
-        for pid in pids:
-            os.kill(pid, number)
-
-    def ask(self, name: str) -> None:
-        """Ask a worker for something by a file, and wait until it has taken the file."""
-        folder = self.paths.chaos_dir
-        taken = folder / f"{name}.taken"
-        taken.unlink(missing_ok=True)
-        (folder / "release-save").unlink(missing_ok=True)
-        (folder / name).touch()
-        if not self.until(taken.exists):
-            (folder / name).unlink(missing_ok=True)
-            raise NotRun(f"no worker took {folder / name}")
-        self.moment = time.time()
-
-    def until(self, condition: Callable[[], bool], timeout_s: float = _PATIENCE_S) -> bool:
-        """Wait for a condition, or the command's end; False if the condition does not hold."""
-        self.watch.until(lambda: condition() or self.command.code is not None, timeout_s)
-        return condition()
-
-
-def _all_gone(scene: Scene) -> str:
-    """Say which processes outlive the attempt that was struck."""
-    alive = [process.pid for process in scene.group if process.is_alive]
-    return f"processes of the old attempt still live: {alive}" if alive else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A fault.
-
-    Attributes:
-        inject: does it; `Scene.moment` is set when it has.
-        ends: what must come of it.
-        codes: exit codes of a command that ends by it.
-        after: looks at the scene when the run has gone on; returns what is wrong.
-        promised_s: how soon it must be on record; None if there is no such promise.
-        num_steps: how many steps it takes, besides those that are made again.
-        lost_intervals: how many intervals between checkpoints may be made again.
-        not_here: why it cannot be injected; empty if it can.
-    """
-
-    name: FaultName
-    inject: Callable[[Scene], None]
-    ends: Ends = Ends.restart
-    codes: tuple[int, ...] = ()
-    after: Callable[[Scene], str] = _all_gone
-    promised_s: float | None = None
-    num_steps: int = 40
-    lost_intervals: int = 2
-    not_here: str = ""
+# How much later than usual a block may be while MLflow is away.
+_DELAY_S = 0.05
+# Training goes on while Ray starts again on a host that was lost.
+_HOST_STEPS = 400
 
 
 def _kill_twice(scene: Scene) -> None:
@@ -226,17 +125,21 @@ def _fill_disk(scene: Scene) -> None:
 
 
 def _take_tracking_down(scene: Scene) -> None:
-    """Kill MLflow's server for a hundred steps."""
+    """Kill MLflow's server for a hundred steps, which must take as long as any others."""
     assert scene.server is not None
-    until = scene.watch.step + 100
+    watch, attempt = scene.watch, scene.watch.attempt
+    until = watch.step + 100
     scene.moment = time.time()
     scene.server.stop()
-    scene.until(lambda: scene.watch.step >= until)
+    scene.until(lambda: watch.step >= until)
+    # Before it starts: that takes the processors for seconds.
+    late = delays(read(scene.paths.journal), attempt)
+    during = longest(late, scene.moment, math.inf)
+    usual = longest(late, 0.0, scene.moment)
     scene.server.start(wait=False)  # training does not wait for it either
-
-
-def _nothing(scene: Scene) -> None:
-    """Stand in for what cannot be injected here."""
+    scene.notes.append(f"no block later than {1000 * during:.0f} ms ({1000 * usual:.0f} before)")
+    if during > usual + _DELAY_S:
+        scene.trouble = f"a block was {1000 * during:.0f} ms late, {1000 * usual:.0f} ms before"
 
 
 def _checkpoints(scene: Scene) -> list[Path]:
@@ -262,7 +165,6 @@ def _largest_file(folder: Path) -> Path:
     return max(folder.iterdir(), key=lambda path: path.stat().st_size)
 
 
-_NEEDS_NODES = "needs Ray nodes with addresses of their own; chaos runs on one"
 _FAULTS = (
     Fault(FaultName.kill, lambda s: s.signal(signal.SIGKILL, s.other), promised_s=0.5),
     Fault(FaultName.kill_chief, lambda s: s.signal(signal.SIGKILL, 0), promised_s=0.5),
@@ -318,11 +220,25 @@ _FAULTS = (
         FaultName.tracking_down,
         _take_tracking_down,
         Ends.nothing,
-        after=lambda scene: "",
+        after=lambda scene: scene.trouble,
         num_steps=140,
         lost_intervals=0,
     ),
-    Fault(FaultName.node_loss, _nothing, not_here=_NEEDS_NODES),
-    Fault(FaultName.cut, _nothing, not_here=_NEEDS_NODES),
+    Fault(
+        FaultName.node_loss,
+        chaos_host_faults.lose,
+        after=chaos_host_faults.give_back,
+        promised_s=2.0,
+        num_steps=_HOST_STEPS,
+        needs_hosts=True,
+    ),
+    Fault(
+        FaultName.cut,
+        chaos_host_faults.cut,
+        after=chaos_host_faults.heal,
+        promised_s=5.0,
+        num_steps=_HOST_STEPS,
+        needs_hosts=True,
+    ),
 )
 FAULTS = {fault.name: fault for fault in _FAULTS}

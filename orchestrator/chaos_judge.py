@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.comparison import Lineage, lineage
 from orchestrator.spec.messages import NO_ATTEMPT
 from orchestrator.spec.paths import RunPaths
+from orchestrator.track.goodput import goodput
 from orchestrator.track.journal import read
 from orchestrator.train import store
 
@@ -21,6 +22,8 @@ _COMPUTED = ("train/", "eval/")
 _BY_STEP = (*_COMPUTED, "perf/", "worker/")
 _BUNDLE = "variables.data"
 _SHOWN = 3
+# The part of a run's time that its goodput may leave out or count twice.
+_UNACCOUNTED = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +33,13 @@ class Difference:
     Attributes:
         step: from which step on; None where that cannot be told.
         is_of_all: whether any fault may be to blame, where there is no step.
+        on_hosts: whether it is the run on several hosts that differs.
     """
 
     text: str
     step: int | None = None
     is_of_all: bool = False
+    on_hosts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ def judge(undisturbed: Left, disturbed: Left, total_steps: int) -> list[Differen
         *_losses(one, other),
         *_examples(one, other, total_steps),
         *_late_words(records),
+        *_goodput(records),
         *_weights(undisturbed.paths, disturbed.paths, total_steps),
         *_record(undisturbed.database, disturbed.database),
         *_litter(disturbed.paths),
@@ -129,6 +135,28 @@ def _late_words(records: Sequence[Mapping[str, Any]]) -> list[Difference]:
             text = f"journal: attempt {attempt} wrote {record['kind']} after it was over"
             return [Difference(text)]
     return []
+
+
+def _goodput(records: Sequence[Mapping[str, Any]]) -> list[Difference]:
+    """Each second from a start of the command to its end, or its last record, has one use."""
+    stretches: list[tuple[float, float]] = []
+    is_open = False
+    for record in records:
+        time = record.get("time")
+        if time is None:
+            continue
+        if record["kind"] == "RunStarted":
+            stretches.append((time, time))
+            is_open = True
+        elif is_open:
+            began, last = stretches[-1]
+            stretches[-1] = began, max(last, time)
+            is_open = record["kind"] != "RunEnded"
+    wall_s = sum(last - began for began, last in stretches)
+    used_s = sum(goodput(records).seconds().values())
+    if abs(used_s - wall_s) <= _UNACCOUNTED * wall_s:
+        return []
+    return [Difference(f"goodput: {used_s:.1f} s are accounted for, of {wall_s:.1f} s")]
 
 
 def _weights(undisturbed: RunPaths, disturbed: RunPaths, total_steps: int) -> list[Difference]:

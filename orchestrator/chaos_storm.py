@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.chaos_faults import Ends, Fault, NotRun, Scene
+from orchestrator.chaos_scene import Ends, Fault, NotRun, Scene
 from orchestrator.chaos_watch import Process
 
 # A first checkpoint, or a first step of a new attempt, may take as long as a start.
@@ -93,15 +93,13 @@ class Storm:
         return rows, self._is_over
 
     def _row(self, fault: Fault) -> Row:
-        row = Row(fault, not_run=fault.not_here)
-        if row.not_run:
-            return row
+        row = Row(fault)
         scene, watch = self._scene, self._scene.watch
         if self._is_over or not self._settle():
             self._is_over = self._is_over or f"the run was not ready for {fault.name.value}"
             row.not_run = "the run was over"
             return row
-        scene.struck, scene.notes = [], []
+        scene.struck, scene.notes, scene.trouble = [], [], ""
         scene.aim()
         row.step, attempt = watch.step, watch.attempt
         scene.paths.chaos_dir.mkdir(exist_ok=True)

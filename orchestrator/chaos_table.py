@@ -73,12 +73,16 @@ class Certificate:
         """Tell whether a difference begins with a fault: the last one before its first step."""
         if row.not_run:
             return False
-        steps = [d.step for d in self.differences if d.step is not None]
+        # Hosts are struck in a run of their own, with steps of its own.
+        on_hosts = row.fault.needs_hosts
+        mine = [d for d in self.differences if d.on_hosts == on_hosts]
+        rows = [r for r in self._run if r.fault.needs_hosts == on_hosts]
+        steps = [d.step for d in mine if d.step is not None]
         if not steps:
-            return any(difference.is_of_all for difference in self.differences)
+            return any(difference.is_of_all for difference in mine)
         for step in steps:
-            before = [r for r in self._run if r.step < step]
-            if row is (before[-1] if before else self._run[0]):
+            before = [r for r in rows if r.step < step]
+            if row is (before[-1] if before else rows[0]):
                 return True
         return False
 

@@ -23,6 +23,7 @@ class Watch:
         attempt: number of the newest attempt.
         began_at: step of the checkpoint that it began with.
         pids: of its workers that have their model, by worker.
+        hosts: the names of theirs.
         step: the last step that it has done; `began_at` before its first block.
         done: the same of every attempt.
         is_stepping: whether it has done any block.
@@ -35,6 +36,7 @@ class Watch:
     attempt: int = 0
     began_at: int = 0
     pids: dict[int, int] = field(default_factory=dict)
+    hosts: dict[int, str] = field(default_factory=dict)
     step: int = 0
     done: dict[int, int] = field(default_factory=dict)
     is_stepping: bool = False
@@ -69,7 +71,8 @@ class Watch:
             self.ended = record["status"]
         elif kind == "AttemptStarted":
             path = record["restore_from"]
-            self.attempt, self.pids, self.is_stepping = record["attempt"], {}, False
+            self.attempt, self.is_stepping = record["attempt"], False
+            self.pids, self.hosts = {}, {}
             self.began_at = store.step_of(Path(path)) if path is not None else 0
             self.step = self.saved = self.done[self.attempt] = self.began_at
         elif kind in ("Death", "Failed"):
@@ -78,6 +81,7 @@ class Watch:
             return
         elif kind == "Ready":
             self.pids[record["worker"]] = record["pid"]
+            self.hosts[record["worker"]] = record["host"]
         elif kind == "BlockDone":
             self.step = max(self.step, record["first_step"] + record["num_steps"])
             self.done[self.attempt] = self.step

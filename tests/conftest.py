@@ -11,9 +11,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from orchestrator.control.launcher import Zygote
 
 # Every process started by a test inherits it, also one that is re-parented to init.
 SESSION_VARIABLE = "ORCHESTRATOR_TEST_SESSION"
@@ -23,7 +27,17 @@ EXIT_PATIENCE_S = 5.0
 
 _session_id = uuid.uuid4().hex
 _skips: list[tuple[str, str]] = []
-_leftovers: list[str] = []
+leftovers: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """One for all tests, as importing TensorFlow takes seconds; the first child waits for it."""
+    from orchestrator.control.launcher import start_zygote
+
+    started = start_zygote()
+    yield started
+    started.close()
 
 
 def read_allowed_skips(text: str) -> list[str]:
@@ -135,7 +149,7 @@ def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 @pytest.hookimpl(trylast=True)  # after the teardown of session fixtures, which runs in this hook
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    _leftovers.extend(kill_leftovers())
+    leftovers.extend(kill_leftovers())
     if unexpected_skips() and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -147,9 +161,9 @@ def pytest_terminal_summary(
     yield
     if "tests/gpu" in (config.getoption("ignore") or []):
         terminalreporter.write_line("NOT RUN tests/gpu: needs a GPU; python -m pytest tests/gpu")
-    if _leftovers:
+    if leftovers:
         terminalreporter.section("left running by tests, killed", yellow=True)
-        for line in _leftovers:
+        for line in leftovers:
             terminalreporter.write_line(line)
     if unexpected := unexpected_skips():
         terminalreporter.section("FAILED: skips that tests/skips.txt does not allow", red=True)

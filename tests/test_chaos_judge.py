@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -11,10 +12,15 @@ from typing import Any
 
 import pytest
 
+from orchestrator.chaos_command import Command
+from orchestrator.chaos_delays import delays, longest
 from orchestrator.chaos_faults import FAULTS
+from orchestrator.chaos_host_faults import late_files
 from orchestrator.chaos_judge import Difference, Left, judge
+from orchestrator.chaos_scene import Scene
 from orchestrator.chaos_storm import Row
 from orchestrator.chaos_table import Certificate, lines, write_report
+from orchestrator.chaos_watch import Watch
 from orchestrator.spec.chaos import FaultName
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import Journal
@@ -109,6 +115,13 @@ def _change(index: int, **values: Any) -> Callable[[Run], None]:
     return lambda run: run.records[index].update(values)
 
 
+def _clocks(run: Run) -> None:
+    """Let four seconds pass, and a word of worker 1, whose time nobody accounts for, come late."""
+    start = {"kind": "RunStarted", "time": 100.0, "facts": {"params": {}, "tags": {}}}
+    late = {"kind": "Saving", "worker": 1, "attempt": 2, "time": 109.0}
+    run.records = [start, *run.records[:-1], late, {**run.records[-1], "time": 104.0}]
+
+
 @pytest.mark.parametrize(
     ("plant", "text", "step"),
     [
@@ -128,6 +141,7 @@ def _change(index: int, **values: Any) -> Callable[[Run], None]:
         (lambda run: setattr(run, "states", ("FINISHED", "RUNNING")), "FINISHED, RUNNING", None),
         (lambda run: setattr(run, "states", ("KILLED",)), "there are: KILLED", None),
         (lambda run: setattr(run, "litter", ".attempt-1"), "checkpoints/.attempt-1", None),
+        (_clocks, "goodput: 4.0 s are accounted for, of 9.0 s", None),
     ],
 )
 def test_every_kind_of_difference_is_found(
@@ -158,9 +172,40 @@ def test_a_difference_is_laid_at_the_fault_before_it(tmp_path: Path) -> None:
     unknown = certificate(Difference("weights differ", is_of_all=True))
     assert [unknown.verdict(row) for row in unknown.rows][:2] == ["DIFFERS", "DIFFERS"]
     assert not late.is_clean and (late.num_bad, unknown.num_bad) == (1, 2)
+    elsewhere = certificate(Difference("losses differ", 80, on_hosts=True))
+    assert [elsewhere.verdict(row) for row in elsewhere.rows][:2] == said[:2]
+    assert not elsewhere.is_clean
     litter = certificate(Difference("left behind"))
     assert not litter.is_clean and litter.num_bad == 0
     assert lines(clean)[1].split() == ["kill", "30", "0.04", "0.10", "1.23", "10", "the", "same"]
+
+
+def test_a_block_that_was_held_up_shows_and_one_after_an_evaluation_does_not() -> None:
+    # Five steps in 0.1 s; the block that ends at 10.9 is 0.3 s late, and an evaluation took 2 s.
+    ends = [10.3, 10.4, 10.5, 10.9, 11.0, 13.1, 13.2]
+    records = [block(step, 1, time=end, num_steps=5) for step, end in enumerate(ends, 1)]
+    records.insert(5, {"kind": "Evaluated", "worker": 0, "attempt": 1, "time": 13.0})
+    records.insert(2, block(9, 1, time=10.45, num_steps=5, worker=1))
+    found = delays([*records, block(1, 2, time=50.0)], 1)
+    assert [end for end, _ in found] == [10.4, 10.5, 10.9, 11.0, 13.2]
+    assert longest(found, 10.6, 20.0) == pytest.approx(0.3)
+    assert longest(found, 0.0, 10.6) == pytest.approx(0.0)
+    assert longest([], 0.0, 10.0) == 0.0
+
+
+@pytest.mark.parametrize(("late_s", "said"), [(4.0, ""), (6.0, "attempt 2 wrote worker-1.log")])
+def test_what_a_cut_host_writes_when_it_must_be_silent_is_found(
+    late_s: float, said: str, tmp_path: Path
+) -> None:
+    paths = RunPaths(tmp_path)
+    command = Command([], tmp_path, tmp_path / "log")
+    scene = Scene(Watch(paths.journal), command, paths, num_workers=2, every_steps=20)
+    scene.attempt, scene.worker, scene.moment = 2, 1, 1000.0
+    log = paths.worker_log(2, 1)
+    log.parent.mkdir(parents=True)
+    log.touch()
+    os.utime(log, (1000.0 + late_s, 1000.0 + late_s))
+    assert late_files(scene).startswith(said) and bool(late_files(scene)) == bool(said)
 
 
 def test_a_report_keeps_the_last_section_of_each_job(tmp_path: Path) -> None:

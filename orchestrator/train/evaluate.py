@@ -82,8 +82,16 @@ class Evaluation:
         except Exception:  # the user's own summary may not bear invented sums
             return None
 
-    def run(self) -> dict[str, float]:
-        """Evaluate the whole split and return its loss and metrics."""
+    def run(self, is_over: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Evaluate the whole split.
+
+        Args:
+            is_over: asked after every 64 steps whether to leave off; all workers must be told the
+                same.
+
+        Returns:
+            Loss and metrics; None if it was left off.
+        """
         total: Any = None
         for first in range(0, self._plan.eval_steps, _STEPS_PER_CALL):
             num_steps = min(_STEPS_PER_CALL, self._plan.eval_steps - first)
@@ -91,7 +99,10 @@ class Evaluation:
             sums = self._run(tf.constant(num_steps, tf.int32), feeds)
             part = self._strategy.experimental_local_results(sums)[0].numpy()
             total = part if total is None else total + part
-            self._progress(f"{first + num_steps:,} of {self._plan.eval_steps:,} steps")
+            done = first + num_steps
+            self._progress(f"{done:,} of {self._plan.eval_steps:,} steps")
+            if done < self._plan.eval_steps and is_over():
+                return None
         assert self._layout is not None
         columns = self._layout.split(total[None, 1:])
         sums_by_name = {name: column[0] for name, column in columns.items()}

@@ -73,9 +73,15 @@ class Loop:
         )
         self._is_chief = parts.worker == 0
         self._is_best = False
+        self._asked: set[Request] = set()
+        self._owes_evaluation = False
 
-    def run(self, step: int) -> tuple[Outcome, int]:
+    def run(self, step: int, *, owes_evaluation: bool = False) -> tuple[Outcome, int]:
         """Train from after `step`.
+
+        Args:
+            step: of the variables.
+            owes_evaluation: whether a stop has cut short the evaluation after it.
 
         Returns:
             How it ended and the last step done.
@@ -84,6 +90,8 @@ class Loop:
             JobError: a loss or gradient is not finite, or replicas have drifted apart.
             StorageError: saving has failed too often, or at the end.
         """
+        if owes_evaluation and self._parts.evaluation is not None and self._catch_up(step):
+            return Outcome.stopped, step
         if self._parts.best is not None and self._parts.best.is_exhausted:
             return Outcome.completed, step  # the run had ended early, and failed after that
         num_steps = self._schedule.clip(step, self._length.steps)
@@ -105,7 +113,7 @@ class Loop:
             self._save(step, decision)
             if decision.finish:
                 return Outcome.completed, step
-            if decision.stop and step < self._plan.total_steps:
+            if decision.stop and (step < self._plan.total_steps or self._owes_evaluation):
                 return Outcome.stopped, step
             num_steps = self._schedule.clip(step, decision.number)
         return Outcome.completed, step
@@ -176,19 +184,42 @@ class Loop:
 
     def _wish(self, result: BlockResult, num_steps: int, wall_s: float) -> Wish:
         self._length.measured(num_steps, wall_s)
-        requests = self._parts.pending()
-        best = self._parts.best
-        at_once = self._is_best or Request.SAVE in requests
+        stop = self._is_asked_to_stop()
+        at_once = self._is_best or Request.SAVE in self._asked
+        self._asked = set()
         by_step = self._schedule.checkpoint_due(self._parts.reporter.step)
         return Wish(
             save=self._saving.wish(by_step=by_step, at_once=at_once),
-            stop=Request.SAVE_AND_STOP in requests,
-            finish=self._is_chief and best is not None and best.is_exhausted,
+            stop=stop,
+            finish=self._is_finished(),
             guilty=not result.local_finite.all(),
             number=self._length.steps,
         )
 
+    def _is_asked_to_stop(self) -> bool:
+        """Tell whether a stop was asked for here since the last block."""
+        self._asked |= self._parts.pending()
+        return Request.SAVE_AND_STOP in self._asked
+
+    def _all_stop(self) -> bool:
+        return self._parts.agreement.decide(Wish(stop=self._is_asked_to_stop())).stop
+
+    def _is_finished(self) -> bool:
+        """Tell, on the chief, whether the run is over before its last step."""
+        best = self._parts.best
+        return self._is_chief and best is not None and best.is_exhausted
+
+    def _catch_up(self, step: int) -> bool:
+        """Make the evaluation that a stop has cut short; tell whether to stop again."""
+        self._evaluate(step)
+        stop = self._is_asked_to_stop()
+        wish = Wish(save=self._is_best, stop=stop, finish=self._is_finished())
+        decision = self._parts.agreement.decide(wish)
+        self._save(step, decision)
+        return decision.stop
+
     def _evaluate(self, step: int) -> None:
+        """Evaluate, unless all workers agree to stop before it is done."""
         parts = self._parts
         assert parts.evaluation is not None
         parts.reporter.enter(Phase.evaluating)
@@ -197,8 +228,9 @@ class Loop:
         with contextlib.ExitStack() as stack:
             if averages is not None and self._plan.config.train.evaluate_ema:
                 stack.enter_context(averages.in_place())
-            metrics = parts.evaluation.run()
-        if self._is_chief:
+            metrics = parts.evaluation.run(self._all_stop)
+        self._owes_evaluation = metrics is None
+        if self._is_chief and metrics is not None:
             parts.reporter.tell(
                 Evaluated,
                 step=step,
@@ -206,7 +238,7 @@ class Loop:
                 num_examples=self._plan.config.data.num_eval_examples,
                 wall_s=parts.clock() - start,
             )
-        if parts.best is not None:
+        if parts.best is not None and metrics is not None:
             # Every worker judges the same reduced values; what is done about it is agreed upon.
             self._is_best = parts.best.observe(step, metrics) and self._is_chief
         parts.reporter.enter(Phase.stepping)
@@ -214,7 +246,7 @@ class Loop:
     def _save(self, step: int, decision: Wish) -> None:
         best = self._parts.best.state if self._parts.best is not None else None
         if decision.stop or decision.finish or step == self._plan.total_steps:
-            self._saving.save_last(step, best)
+            self._saving.save_last(step, best, owes_evaluation=self._owes_evaluation)
         elif decision.save:
             # A save may wait for the one before, and that for the disk.
             with self._parts.reporter.within(Phase.saving):

@@ -23,6 +23,9 @@ from orchestrator.train.pace import make_pace
 from orchestrator.train.rename import remove
 from orchestrator.train.report import Reporter
 
+# In the manifest: a stop has cut short the evaluation after this step.
+_OWES_EVALUATION = "owes_evaluation"
+
 
 class Saver:
     """Writes checkpoints in the background, one at a time, in the order they were due.
@@ -87,7 +90,7 @@ class Saver:
         """
         require_staging(self._staging_dir)
 
-    def save(self, step: int, best: Best | None = None) -> None:
+    def save(self, step: int, best: Best | None = None, *, owes_evaluation: bool = False) -> None:
         """Take a snapshot of all variables and write it in the background.
 
         A save that is still under way is waited for: checkpoints never overtake each other.
@@ -95,6 +98,7 @@ class Saver:
         Args:
             step: of the variables.
             best: the best evaluation so far, whose checkpoint stays however old it is.
+            owes_evaluation: whether whoever restores it has an evaluation to make first.
 
         Raises:
             StorageError: this attempt is over.
@@ -104,7 +108,11 @@ class Saver:
         # A copy on the next write: the values of this step stay, without a pause to copy them.
         snapshot = {key: tf.identity(local_value(v)) for key, v in self._variables.items()}
         stall_s = time.monotonic() - start
-        self._pending = self._thread.submit(self._write, step, snapshot, stall_s, best)
+        facts = best.facts() if best is not None else {}
+        if owes_evaluation:
+            facts = {**facts, _OWES_EVALUATION: True}
+        best_step = best.step if best is not None else None
+        self._pending = self._thread.submit(self._write, step, snapshot, stall_s, facts, best_step)
 
     def is_busy(self, patience_s: float = 0.0) -> bool:
         """Tell whether a save is still under way after so long."""
@@ -134,12 +142,17 @@ class Saver:
         self.num_failed, self.error, self.failed_at = self.num_failed + 1, error, self._clock()
 
     def _write(
-        self, step: int, snapshot: Mapping[str, tf.Tensor], stall_s: float, best: Best | None
+        self,
+        step: int,
+        snapshot: Mapping[str, tf.Tensor],
+        stall_s: float,
+        facts: Mapping[str, Any],
+        best_step: int | None,
     ) -> None:
         start = time.monotonic()
         target = self._paths.checkpoints_dir / store.checkpoint_name(step)
         try:
-            num_bytes = self._commit(step, snapshot, best, target)
+            num_bytes = self._commit(step, snapshot, facts, target)
         except (StorageError, OSError, tf.errors.OpError) as error:
             self.fail(step, _one_line(error))
             self._announce(
@@ -151,7 +164,6 @@ class Saver:
             )
             return
         self.num_failed, self.error = 0, ""
-        best_step = best.step if best is not None else None
         store.prune(self._paths.checkpoints_dir, self._keep, best_step, newest=step)
         wall_s = time.monotonic() - start
         self._announce(
@@ -159,18 +171,34 @@ class Saver:
         )
 
     def _commit(
-        self, step: int, snapshot: Mapping[str, tf.Tensor], best: Best | None, target: Path
+        self,
+        step: int,
+        snapshot: Mapping[str, tf.Tensor],
+        facts: Mapping[str, Any],
+        target: Path,
     ) -> int:
         staged = self._staging_dir / store.checkpoint_name(step)
         # The state of streams may lie there already. No parents: the folder of an attempt that is
         # over must not come back.
         staged.mkdir(exist_ok=True)
         described = write_bundle(staged, snapshot)
-        facts = {**self._facts, **(best.facts() if best is not None else {})}
-        manifest = {"step": step, **facts, "time": time.time(), "variables": described}
+        manifest = {
+            "step": step,
+            **self._facts,
+            **facts,
+            "time": time.time(),
+            "variables": described,
+        }
         if self._before_commit is not None:
             self._before_commit()
         return store.commit(staged, target, manifest, check=self.require_staging)
+
+
+def owes_evaluation(order: WorkerOrder) -> bool:
+    """Tell whether a worker begins where the evaluation of that step is still to be made."""
+    if order.restore_from is None:
+        return False
+    return _OWES_EVALUATION in store.read_manifest(Path(order.restore_from))
 
 
 def make_saver(

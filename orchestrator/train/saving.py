@@ -93,20 +93,27 @@ class Saving:
         self._has_waited = self._has_waited or by_step
         return not saver.is_busy(patience_s)
 
-    def save(self, step: int, best: Best | None) -> None:
+    def save(self, step: int, best: Best | None, *, owes_evaluation: bool = False) -> None:
         """Save; every worker calls this after the same step.
+
+        Args:
+            step: of the variables.
+            best: the best evaluation so far.
+            owes_evaluation: whether the evaluation after this step is still to be made.
 
         Raises:
             StorageError: saving has failed too often, or this attempt is over.
             Stopped: the same, on workers that leave the telling to another.
         """
         if self._save_streams(step) and self._saver is not None:
-            self._saver.save(step, best)
+            self._saver.save(step, best, owes_evaluation=owes_evaluation)
         self._is_owed = self._has_waited = False
         self._last_save = self._clock()
 
-    def save_last(self, step: int, best: Best | None) -> None:
+    def save_last(self, step: int, best: Best | None, *, owes_evaluation: bool = False) -> None:
         """Save before training ends, and wait until it is done; tried several times.
+
+        The arguments are those of `save`.
 
         Raises:
             StorageError: it fails for good; what was saved before stays.
@@ -116,7 +123,7 @@ class Saving:
         written = folder_gauge(self._plan.paths.checkpoints_dir)
         for pause_s in (*_LAST_TRIES_S, None):
             with self._reporter.within(Phase.saving, written):
-                self.save(step, best)
+                self.save(step, best, owes_evaluation=owes_evaluation)
                 if self._saver is not None:
                     self._saver.wait()
             failed = self._saver is not None and self._saver.num_failed > 0

@@ -45,7 +45,7 @@ from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.pace import make_pace
 from orchestrator.train.profile import Profile
 from orchestrator.train.report import Reporter, folder_gauge
-from orchestrator.train.saver import make_saver, require_staging
+from orchestrator.train.saver import make_saver, owes_evaluation, require_staging
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.step import TrainStep
 from orchestrator.train.stream_feeder import make_feeder
@@ -107,7 +107,7 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
 
     parts = _assemble(order, reporter, pending, made)
     try:
-        outcome, step = Loop(parts).run(start_step)
+        outcome, step = Loop(parts).run(start_step, owes_evaluation=owes_evaluation(order))
     except Exception:
         if parts.saver is not None:
             # What is being written is good: the attempt's end would take it along.

@@ -30,7 +30,8 @@ def test_two_workers_share_the_cluster_once_its_network_is_trusted(
     refused = train(*two, cwd=tmp_path, env=ray_cluster.env)
     assert refused.code == 2, refused.out
     assert "cluster.trusted_network=true" in refused.out
-    ended = train(*two, "cluster.trusted_network=true", cwd=tmp_path, env=ray_cluster.env)
+    trusted = (*two, "cluster.trusted_network=true", "export.enabled=false")
+    ended = train(*trusted, cwd=tmp_path, env=ray_cluster.env)
     assert ended.code == 0, ended.out
     assert len(rig.worker_pids(ended.run)) == 2
     assert rig.ledger(ended.run) == rig.ledger(one_device.run)

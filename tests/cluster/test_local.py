@@ -58,30 +58,47 @@ def test_the_worker_says_in_its_log_what_it_was_given(one_device: Ended) -> None
     [
         ("strategy=mirrored", "strategy.devices_per_worker=2"),
         ("strategy=multi_worker", "strategy.num_workers=2"),
-        ("cluster=inline",),
         ("cluster.fork=false",),
     ],
-    ids=["mirrored", "multi_worker", "inline", "fresh-process"],
+    ids=["mirrored", "multi_worker", "fresh-process"],
 )
 def test_a_word_changes_where_it_runs_and_not_what_it_computes(
     one_device: Ended, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     # Dropout draws one mask a replica, so it is equal for equal numbers of replicas only.
     replicas = 1 if "strategy" not in overrides[0] else 2
-    ended = train(*overrides, cwd=tmp_path)
+    computes_the_same(train(*overrides, cwd=tmp_path), one_device, 1e-6 if replicas == 1 else 0.2)
+
+
+def computes_the_same(ended: Ended, one_device: Ended, tolerance: float) -> None:
     assert ended.code == 0, ended.out
     assert rig.ledger(ended.run) == rig.ledger(one_device.run)
-    tolerance = 1e-6 if replicas == 1 else 0.2
     np.testing.assert_allclose(
         rig.losses(ended.run)[-20:].mean(), rig.losses(one_device.run)[-20:].mean(), rtol=tolerance
     )
-    assert rig.database(tmp_path)[0]["status"] == "FINISHED"
+    assert rig.database(ended.folder)[0]["status"] == "FINISHED"
     # However many workers are on it, a node tells of itself once.
     assert [record["node"] for record in rig.records(ended.run, "NodeFound")] == [gethostname()]
 
 
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """A finished run in the command's own process."""
+    return train("cluster=inline", cwd=tmp_path_factory.mktemp("inline"))
+
+
+def test_a_run_without_ray_computes_the_same(inline: Ended, one_device: Ended) -> None:
+    computes_the_same(inline, one_device, 1e-6)
+
+
+def test_inline_output_has_no_chatter_either(inline: Ended) -> None:
+    for chatter in ("WARNING", "oneDNN", "rebuild TensorFlow"):
+        assert chatter not in inline.out
+
+
 def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: Path) -> None:
-    process = rig.start("train", *rig.JOB, *SLOW, "run_name=stopped", cwd=tmp_path)
+    slow = (*SLOW, "export.enabled=false")
+    process = rig.start("train", *rig.JOB, *slow, "run_name=stopped", cwd=tmp_path)
     run = rig.wait_for_step(tmp_path, 20)
     rig.interrupt(process)
     ended = rig.finish(process, tmp_path)
@@ -98,7 +115,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: 
     resumed = train("resume=latest", cwd=tmp_path)
     assert resumed.code == 0, resumed.out
     assert [row["status"] for row in rig.database(tmp_path)] == ["FINISHED"]
-    whole = train(*SLOW, "job.args.delay_ms=0", cwd=tmp_path)
+    whole = train(*slow, "job.args.delay_ms=0", "cluster=inline", cwd=tmp_path)
     np.testing.assert_allclose(rig.losses(run), rig.losses(whole.run), rtol=1e-6)
     assert sum(rig.ledger(run, attempt) for attempt in (1, 2)) % 2**64 == rig.ledger(whole.run)
 
@@ -155,13 +172,27 @@ def test_a_killed_worker_costs_a_restart_and_changes_nothing(tmp_path: Path) -> 
     np.testing.assert_allclose(rig.losses(run), rig.losses(undisturbed.run), rtol=1e-5)
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
-    process = rig.start("train", *rig.JOB, "export.enabled=false", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose reader goes away, with an unrelated Ray and MLflow in its environment."""
+    folder = tmp_path_factory.mktemp("left-alone")
+    env = {"RAY_ADDRESS": "192.0.2.1:6379", "MLFLOW_TRACKING_URI": "http://192.0.2.1:5000"}
+    process = rig.start("train", *rig.JOB, "export.enabled=false", cwd=folder, env=env)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(120) == 0
-    assert rig.records(rig.runs_in(tmp_path)[-1], "RunEnded")[0]["status"] == "FINISHED"
+    return folder
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(left_alone: Path) -> None:
+    assert rig.records(rig.runs_in(left_alone)[-1], "RunEnded")[0]["status"] == "FINISHED"
+
+
+def test_an_unrelated_ray_in_the_environment_is_not_joined(left_alone: Path) -> None:
+    log = rig.runs_in(left_alone)[-1].driver_log.read_text()
+    assert "RAY_ADDRESS=192.0.2.1:6379 is set and not honoured" in log
+    assert len(rig.database(left_alone)) == 1
 
 
 def test_two_runs_started_at_once_have_a_folder_and_a_record_each(tmp_path: Path) -> None:
@@ -185,21 +216,6 @@ def test_the_users_own_line_comes_first_and_once(tmp_path: Path) -> None:
     assert ended.out.index("blobs.py:") < ended.out.index("\n  ValueError: the user's own words")
     assert "worker-" in ended.out and "Traceback" not in ended.out
     assert rig.database(tmp_path)[0]["status"] == "FAILED"
-
-
-def test_an_unrelated_ray_in_the_environment_is_not_joined(tmp_path: Path) -> None:
-    env = {"RAY_ADDRESS": "192.0.2.1:6379", "MLFLOW_TRACKING_URI": "http://192.0.2.1:5000"}
-    ended = train("export.enabled=false", cwd=tmp_path, env=env)
-    assert ended.code == 0, ended.out
-    assert "RAY_ADDRESS=192.0.2.1:6379 is set and not honoured" in ended.out
-    assert len(rig.database(tmp_path)) == 1
-
-
-def test_inline_output_has_no_chatter_either(tmp_path: Path) -> None:
-    ended = train("cluster=inline", "export.enabled=false", cwd=tmp_path)
-    assert ended.code == 0, ended.out
-    for chatter in ("WARNING", "oneDNN", "rebuild TensorFlow"):
-        assert chatter not in ended.out
 
 
 def test_two_workers_with_different_clocks_and_signals_act_alike(tmp_path: Path) -> None:

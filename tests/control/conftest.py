@@ -1,25 +1,14 @@
-"""What tests of real processes share: one zygote, as importing TensorFlow takes seconds; waits."""
+"""What tests of real processes share: waits."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import psutil
-import pytest
-
-from orchestrator.control.launcher import Zygote, start_zygote
 
 # For what takes a second or two; a busy machine may need longer.
 PATIENCE_S = 60.0
-
-
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """A zygote; the first child waits while it imports TensorFlow."""
-    found = start_zygote()
-    yield found
-    found.close()
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

@@ -21,11 +21,14 @@ _GRACE_S = 25.0
 
 
 @pytest.fixture(autouse=True)
-def leftovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+def leftovers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Leftovers]:
     """Fail the test if its commands leave processes, ports, files or shared memory behind.
 
     Session fixtures, such as a cluster, are older and do not count.
     """
+    tmp_path_factory.getbasetemp()  # pytest's own is not to lie in the folder that is made here
     folder = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))  # short: sockets lie below
     monkeypatch.setenv("TMPDIR", str(folder))
     seen = Leftovers(folder)

@@ -7,28 +7,23 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orchestrator.chaos import chaos
+from orchestrator.chaos import chaos, why_no_hosts
+from orchestrator.chaos_netns import why_not_here
 from orchestrator.control import folders, worker_process
-from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.control.launcher import Zygote
 from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.spec.chaos import FaultName
 from tests.faults.chaos_rig import MINE, CutOff, Here, planted
+from tests.plans import tiny_config
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("chaos.step_ms=5", "train.block_s=0.1", "train.eval_every_steps=null")
 Run = Callable[..., tuple[ExitCode, str]]
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    """One for all tests: importing TensorFlow is most of the time of a small run."""
-    started = start_zygote()
-    yield started
-    started.close()
 
 
 @pytest.fixture
@@ -46,11 +41,14 @@ def run(zygote: Zygote, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> R
     return run_job
 
 
-def test_nothing_differs_where_every_protection_is_on(run: Run) -> None:
+def test_nothing_differs_where_every_protection_is_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # a machine without iproute2
     code, out = run("chaos.faults=[kill,damaged_checkpoint,kill_in_save,cut]")
     assert code is ExitCode.DONE, out
     assert re.search(r"kill +\d+ +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d +\d+ +the same", out), out
-    assert re.search(r"cut +not run: needs Ray nodes", out), out
+    assert re.search(r"cut +not run: (ip, nsenter, .* not installed|.* need root)", out), out
     assert "3 faults, and the same weights and record" in out
 
 
@@ -101,6 +99,34 @@ def test_the_command_tells_by_its_exit_code(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 faults, and the same weights and record" in done.stdout
     assert "## shaken\n" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.thorough
+def test_a_cut_cable_and_a_lost_host_leave_the_same_as_no_fault(tmp_path: Path) -> None:
+    if reason := why_not_here():
+        pytest.skip(reason)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "orchestrator", "chaos", "job=shaken", f"--config-dir={MINE}"),
+            *("chaos.faults=[cut,node_loss]", "chaos.step_ms=20"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for fault in ("cut", "node_loss"):
+        row = rf"{fault} +\d+ +\d+\.\d+ +\d+\.\d+ +\d+\.\d+ +\d+ +the same"
+        assert re.search(row, done.stdout), done.stdout
+    assert "2 faults, and the same weights and record" in done.stdout
+
+
+def test_faults_of_hosts_need_several_workers() -> None:
+    assert why_no_hosts(tiny_config(chaos__full=True)).startswith("needs strategy=multi_worker")
+    assert why_no_hosts(tiny_config(chaos__faults=[FaultName.kill])) == ""
 
 
 @pytest.mark.parametrize(

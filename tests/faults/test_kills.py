@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.control.launcher import Zygote
 from tests.cluster.conftest import Cluster
 from tests.cluster.rig import (
     database,
@@ -21,8 +22,9 @@ from tests.cluster.rig import (
     wait_for,
 )
 from tests.faults import rig
+from tests.faults.chaos_rig import Here, planted
 from tests.faults.leftovers import Leftovers
-from tests.faults.rig import QUIET, TWO, ended, paced, wait_for_record
+from tests.faults.rig import JOB, QUIET, TWO, ended, paced, wait_for_record
 
 STEPS, EVERY = 200, 20
 # Detection and fencing are promises; the slack is for a machine that does other things too.
@@ -30,11 +32,16 @@ DETECT_S, GONE_S, SLACK_S = 0.5, 3.0, 1.5
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> rig.RunPaths:
-    """A run of two workers that nobody disturbed, as quick as it can be."""
-    done = ended(*TWO, *QUIET, "job.args.step_ms=0", cwd=tmp_path_factory.mktemp("undisturbed"))
-    assert done.code == 0, done.out
-    return done.run
+def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> rig.RunPaths:
+    """A run of two workers that nobody disturbed, as quick as it can be: without Ray, too."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    arguments = [JOB[0], *TWO, *QUIET, "job.args.step_ms=0", f"runs_dir={folder}"]
+    run = planted(Here, zygote)(arguments, folder, folder / "log")
+    run.start("run_name=undisturbed")
+    wait_for(lambda: run.code is not None, "the undisturbed run to end")
+    run.close()
+    assert run.code == 0, run.tail()
+    return run.plan.paths
 
 
 def is_as_undisturbed(run: rig.RunPaths, undisturbed: rig.RunPaths) -> None:

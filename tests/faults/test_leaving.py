@@ -98,6 +98,29 @@ def test_a_stop_in_any_phase_saves_what_was_made(tmp_path: Path, phase: str) -> 
 
 
 @pytest.mark.thorough
+def test_a_stop_does_not_wait_for_a_long_evaluation_which_is_made_when_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    # 1,024 batches of two, 64 in a call that takes a second: 16 s, and its first step is traced.
+    long = ("job.args.linger=evaluating", "job.args.num_eval=2048", "data.num_eval_examples=2048")
+    few = ("train.global_batch_size=2", "train.steps=60", "train.eval_every_steps=30")
+    process = paced(*long, *few, "export.enabled=false", *TWO, cwd=tmp_path)
+    run = wait_for_record(tmp_path, "Beacon", phase="evaluating")
+    begin = time.monotonic()
+    interrupt(process, signal.SIGTERM)
+    out = finish(process, tmp_path)
+    print(f"stopped after {time.monotonic() - begin:.1f} s")
+    assert out.code == 143, out.out
+    assert records(run, "Evaluated") == []
+    assert newest(run) == last_step(run) == 30
+
+    again = ended("resume=latest", "job.args.linger=nowhere", cwd=tmp_path)
+    assert again.code == 0, again.out
+    evaluated = [(record["attempt"], record["step"]) for record in records(run, "Evaluated")]
+    assert evaluated == [(2, 30), (2, 60)]
+
+
+@pytest.mark.thorough
 def test_a_stop_while_exporting_leaves_only_the_export_to_be_done(tmp_path: Path) -> None:
     process = paced("train.steps=40", "job.args.linger=exporting", cwd=tmp_path)
     run = wait_for_record(tmp_path, "Beacon", phase="exporting")

@@ -19,7 +19,7 @@ from orchestrator.control.supervisor import Supervisor
 from orchestrator.errors import StartFailed
 from orchestrator.spec.messages import Beacon, Cause, Death, Failed, Message
 from orchestrator.spec.schema import StrategyName
-from tests.control.conftest import is_gone, wait_until, zygote
+from tests.control.conftest import is_gone, wait_until
 from tests.control.test_agent import (
     WAITING,
     WAITING_JOB,
@@ -29,8 +29,6 @@ from tests.control.test_agent import (
     waiting_pid,
 )
 from tests.plans import tiny_plan
-
-__all__ = ["zygote"]  # a fixture: pytest finds it here by its name
 
 PORTS = (21600, 21699)
 START_TIMEOUT_S = 4.0

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from orchestrator.control.agent import Agent
-from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.control.launcher import Zygote
 from orchestrator.control.process_group import ProcessGroup
 from orchestrator.errors import StorageError
 from orchestrator.spec.messages import Death, Message, Outcome, Ready, Saved, SaveFailed
@@ -27,14 +27,6 @@ from tests.faults.training import Training
 # More than the model of the paced job needs, and less than the ballast.
 _BALLAST = 250_000
 _TMPFS_BYTES = 16 * 2**20
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    """A zygote; the first worker waits while it imports TensorFlow."""
-    started = start_zygote()
-    yield started
-    started.close()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.control.launcher import Zygote
 from orchestrator.control.process_group import ProcessGroup
 from orchestrator.control.supervisor import Supervisor
 from orchestrator.errors import JobError, RestoreError, StorageError
@@ -293,13 +293,6 @@ def test_an_attempt_that_is_over_saves_no_stream(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot save the streams of step 1"):
         fed.save(1)
     assert not (tmp_path / ".attempt-1").exists()
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    started = start_zygote()
-    yield started
-    started.close()
 
 
 def test_two_worker_processes_that_stop_and_resume_match_those_that_did_not(

@@ -30,7 +30,8 @@ from orchestrator.spec.messages import (
     WorkerOrder,
 )
 from orchestrator.spec.schema import BestMode, Compile, Weights
-from orchestrator.train import store, worker
+from orchestrator.train import evaluate, store, worker
+from orchestrator.train.best import MANIFEST_KEY
 from orchestrator.train.checkpoint import read_model, read_section
 from tests.plans import tiny_plan
 from tests.train.tiny import Tiny
@@ -119,6 +120,45 @@ def test_a_stopped_and_resumed_run_is_the_run_that_was_never_stopped(tmp_path: P
     assert losses(first) | losses(second) == losses(whole)
     assert (ledger(first) + ledger(second)) % 2**64 == ledger(whole)
     assert only(second, Evaluated)[0].metrics == only(whole, Evaluated)[0].metrics
+
+
+@pytest.mark.parametrize("at", [4, 12])
+def test_a_stop_cuts_an_evaluation_short_which_the_resumed_run_makes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(evaluate, "_STEPS_PER_CALL", 1)
+    changes = {"train__eval_every_steps": 4, "best__metric": "loss", "export__enabled": False}
+    whole = live(tmp_path / "whole", **changes)
+    asked: set[Request] = set()
+    done = [0]
+
+    def watch(message: Message) -> None:
+        if isinstance(message, BlockDone):
+            done.append(message.last_step)
+        elif isinstance(message, Beacon) and message.phase is Phase.evaluating and done[-1] == at:
+            asked.add(Request.SAVE_AND_STOP)
+
+    def pending() -> set[Request]:
+        taken = set(asked)
+        asked.clear()
+        return taken
+
+    first = live(tmp_path / "parts", pending=pending, on_message=watch, **changes)
+    [ended] = only(first, Ended)
+    assert (ended.step, ended.outcome) == (at, Outcome.stopped)
+    assert [e.step for e in only(first, Evaluated)] == list(range(4, at, 4))
+    path = only(first, Saved)[-1].path
+    second = live(tmp_path / "parts", attempt=2, restore_from=path, **changes)
+    [ended] = only(second, Ended)
+    assert (ended.step, ended.outcome) == (12, Outcome.completed)
+    evaluated = [(e.step, e.metrics) for e in only(first, Evaluated) + only(second, Evaluated)]
+    assert evaluated == [(e.step, e.metrics) for e in only(whole, Evaluated)]
+    assert losses(first) | losses(second) == losses(whole)
+    manifests = [
+        store.read_manifest(tiny_plan(tmp_path / name).paths.checkpoints_dir / "step-00000012")
+        for name in ("whole", "parts")
+    ]
+    assert len({manifest[MANIFEST_KEY]["step"] for manifest in manifests}) == 1
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_a_list(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from orchestrator.control.launcher import Zygote, start_zygote
+from orchestrator.control.launcher import Zygote
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.spec.config import load_config
 from orchestrator.spec.schema import OptimizerName
@@ -21,14 +21,6 @@ from orchestrator.verify import verify, verify_with
 ROOT = Path(__file__).parents[2]
 MINE = Path(__file__).parent / "mine"
 OPTIMIZERS = [name.value for name in OptimizerName if name.is_proven]
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    """One for all tests: importing TensorFlow is most of the time of a small verification."""
-    started = start_zygote()
-    yield started
-    started.close()
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ class Slowly(ArraySource):
 class Paced(Job):
     """A dense classifier with dropout; `linger` names what takes a second, besides the steps."""
 
-    def __init__(self, step_ms=20.0, linger="", linger_s=1.0):
+    def __init__(self, step_ms=20.0, linger="", linger_s=1.0, num_eval=96):
         self.step_s = step_ms / 1000
+        self.num_eval = num_eval
         self.linger, self.linger_s = linger, linger_s
 
     def model(self):
@@ -43,7 +44,7 @@ class Paced(Job):
 
     def source(self, split):
         self._linger("loading data")
-        count = 512 if split is Split.TRAIN else 96
+        count = 512 if split is Split.TRAIN else self.num_eval
         rng = np.random.default_rng([11, split is Split.TRAIN])
         labels = rng.integers(0, 3, count)
         points = np.eye(3, 8)[labels] + rng.normal(0, 0.4, (count, 8))
