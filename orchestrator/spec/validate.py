@@ -20,6 +20,7 @@ from orchestrator.spec.schema import (
     StrategyName,
 )
 from orchestrator.spec.secrets import mask_text
+from orchestrator.spec.validate_placement import placement_rules
 from orchestrator.spec.validate_recovery import recovery_rules
 from orchestrator.spec.validate_train import train_rules
 
@@ -55,6 +56,7 @@ def validate(config: RunConfig) -> None:
         *_numbers(config),
         *_strategy(config),
         *_lengths(config),
+        *placement_rules(config),
         *recovery_rules(config),
         *train_rules(config),
         *_optimizer(config),

@@ -44,7 +44,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of one node with four CPUs, with a token."""
+    """A cluster of one node with four CPUs and something to choose it by, with a token."""
     token = tmp_path_factory.mktemp("ray") / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -69,6 +69,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             ),
             *(f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
             f"--dashboard-agent-listen-port={agent}",
+            *("--labels=zone=a", '--resources={"accelerator_type:H100": 1}'),
         ],
         env={**os.environ, **env},
         stdout=subprocess.DEVNULL,
