@@ -73,7 +73,12 @@ class Hosts:
     """Some hosts on one switch, each with a Ray node; a context manager that leaves nothing."""
 
     def __init__(
-        self, num_hosts: int, *, num_cpus: int = 1, ray_env: Mapping[str, str] = HEALTH_CHECKS
+        self,
+        num_hosts: int,
+        *,
+        num_cpus: int = 1,
+        ray_env: Mapping[str, str] = HEALTH_CHECKS,
+        dashboard: bool = False,
     ):
         """Make the hosts and start Ray on them.
 
@@ -81,9 +86,11 @@ class Hosts:
             num_hosts: how many.
             num_cpus: what each node offers to Ray.
             ray_env: variables of every node's Ray.
+            dashboard: whether the head takes jobs, on all its addresses.
         """
         self._prefix = f"hosts-{os.getpid()}-{next(_count)}"
         self._num_cpus = num_cpus
+        self._has_dashboard = dashboard
         self._switch = f"{self._prefix}-switch"
         self._holders: list[subprocess.Popen[bytes]] = []
         self.folder = Path(tempfile.mkdtemp(prefix="hosts-"))
@@ -117,6 +124,11 @@ class Hosts:
         """The address of Ray's head, for `cluster.address`."""
         return f"{self.ip(0)}:{_GCS_PORT}"
 
+    @property
+    def dashboard(self) -> str:
+        """Where the head takes jobs."""
+        return f"http://{self.ip(0)}:8265"
+
     @staticmethod
     def ip(host: int) -> str:
         """Return a host's address."""
@@ -140,7 +152,8 @@ class Hosts:
         if host:
             wait_for(self._has_head, "the head's port")
         else:
-            role = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false"]
+            role = ["--head", f"--port={_GCS_PORT}", f"--include-dashboard={self._has_dashboard}"]
+            role += ["--dashboard-host=0.0.0.0"] if self._has_dashboard else []
             role += [f"--temp-dir={self.folder / 'tmp' / 'ray'}"]
         command = [
             *(str(Path(sys.executable).with_name("ray")), "start", *role),

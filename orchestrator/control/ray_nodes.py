@@ -80,10 +80,10 @@ def host_name(node: Mapping[str, Any]) -> str:
 
 
 def may_hold_workers(node: Mapping[str, Any], config: ClusterConfig) -> bool:
-    """Tell whether a node has the labels and the accelerator that workers are to have."""
-    accelerator = config.accelerator_type
-    has_type = accelerator is None or f"{_ACCELERATOR}{accelerator}" in node["Resources"]
-    return has_type and has_labels(node, config.node_labels)
+    """Tell whether a node has a CPU, and the labels and accelerator that workers are to have."""
+    accelerator, resources = config.accelerator_type, node["Resources"]
+    has_type = accelerator is None or f"{_ACCELERATOR}{accelerator}" in resources
+    return has_type and resources.get("CPU", 0) >= 1 and has_labels(node, config.node_labels)
 
 
 def living_nodes(suspects: Collection[str] = ()) -> dict[str, dict[str, Any]]:
