@@ -56,7 +56,6 @@ def withdraw(paths: RunPaths) -> None:
 @contextmanager
 def listening(paths: RunPaths, stops: Stops) -> Iterator[None]:
     """Let others ask this process to stop while a block runs; it holds the run's lease."""
-    withdraw(paths)  # what an earlier driver was asked for
     is_over = threading.Event()
 
     def listen() -> None:

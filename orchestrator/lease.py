@@ -54,6 +54,8 @@ class Lease:
             holder = self._read()
             self._file.close()
             raise _refusal(paths, error, holder) from error
+        # What an earlier holder was asked for.
+        paths.stop_request.unlink(missing_ok=True)
         before = self._read()
         # A copy of a folder brings its lease along, and says nothing about this one.
         is_left = before.get("root") == root

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.rig import Ended, train, wait_for
+from tests.cluster.rig import ROOT, Ended, train, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             f"--dashboard-agent-listen-port={agent}",
             *("--labels=zone=a", '--resources={"accelerator_type:H100": 1}'),
         ],
-        env={**os.environ, **env},
+        # The nodes have the project, for cluster.code=installed; an upload goes before it.
+        env={**os.environ, **env, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -49,6 +49,7 @@ def test_more_than_the_cluster_has_is_refused_with_both_figures(
     assert "cluster.cpus_per_worker" in ended.out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -156,6 +157,60 @@ def test_a_submitted_run_is_left_looked_at_and_stopped_from_elsewhere(
     assert rig.records(run, "RunEnded")[0]["status"] == "KILLED"
     step = rig.last_step(run)
     assert step < 2000 and [saved["step"] for saved in rig.records(run, "Saved")] == [step]
+
+
+@pytest.mark.thorough
+def test_a_submit_in_the_background_is_left_by_sigterm_and_needs_no_upload(
+    ray_cluster: Cluster, mlflow_server: str, tmp_path: Path
+) -> None:
+    arguments = submit(ray_cluster, mlflow_server, tmp_path, *SLOW, "cluster.code=installed")
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    kept = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = rig.start("submit", *arguments, cwd=tmp_path, env=ray_cluster.env)
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    run = rig.wait_for_step(tmp_path, 8)
+    rig.interrupt(process, signal.SIGINT)
+    rig.wait_for_step(tmp_path, rig.last_step(run) + 8)
+    assert process.poll() is None
+    rig.interrupt(process, signal.SIGTERM)
+    ended = rig.finish(process, tmp_path)
+    assert ended.code == 143, ended.out
+    assert "upload" not in ended.out and "the job goes on" in ended.out
+    began = rig.last_step(run)
+    rig.wait_for_step(tmp_path, began + 8)
+    told = ask(ray_cluster, tmp_path, "stop", run.root.name, "force=true")
+    assert "ended at once" in told
+
+
+@pytest.mark.thorough
+def test_who_queues_goes_on_when_there_is_room(ray_cluster: Cluster, tmp_path: Path) -> None:
+    most = (f"cluster.address={ray_cluster.address}", "cluster.cpus_per_worker=3")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    busy = rig.start(
+        *("train", *rig.JOB, "cluster=existing", *most, *SLOW), cwd=first, env=ray_cluster.env
+    )
+    run = rig.wait_for_step(first, 8)
+    queued = rig.start(
+        *("train", *rig.JOB, "cluster=existing", *most, "cluster.queue_s=90"),
+        cwd=second,
+        env=ray_cluster.env,
+    )
+
+    def waits() -> bool:
+        logs = list(second.glob("runs/*/*/logs/driver.log"))
+        return bool(logs) and "waiting for room" in logs[0].read_text()
+
+    rig.wait_for(waits, "the second run to queue")
+    stopped = rig.finish(rig.start("runs", "stop", str(run.root), cwd=tmp_path), tmp_path)
+    assert "killed, stopped" in stopped.out
+    assert rig.finish(busy, first).code == 143
+    ended = rig.finish(queued, second)
+    assert ended.code == 0, ended.out
+    assert "3 CPU each, free are 1 CPU" in ended.out
 
 
 def test_what_cannot_work_from_a_cluster_is_refused_with_both_keys(tmp_path: Path) -> None:
