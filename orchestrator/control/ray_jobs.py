@@ -41,19 +41,21 @@ _SETTLE_S = 10.0
 _AGENT_PATIENCE_S = 30.0
 # What the job server says until then (ray 2.60, dashboard/modules/job/job_head.py).
 _NO_AGENT = "No available agent"
-# What Ray 2.60 writes into a job's log before the command's own words (job_supervisor.py).
-_RAYS_WORDS = re.compile(r"^(\d{4}-\d\d-\d\d .*\t(INFO|WARNING) \w+\.py:\d+ -- .*)\n", re.MULTILINE)
+# What Ray 2.60 writes into a job's log before the command's own words (job_supervisor.py), and when
+# a driver joins or leaves the cluster (_private/worker.py).
+_RAYS_WORDS = re.compile(
+    r"^(Running entrypoint for job .*|\d{4}-\d\d-\d\d [\d:,]+\t(INFO|WARNING) \w+\.py:\d+ -- .*)\n",
+    re.MULTILINE,
+)
 _FOLDER = re.compile(r"^run folder (.+)$", re.MULTILINE)
 # The first Python that has Ray runs the command: the submitter's own path, where all machines have
 # one image, else what is on the head node's PATH.
-_FIND_PYTHON = """own=$1
-shift
-for python in "$own" python3 python; do
-    "$python" -c 'import ray' 2>/dev/null && exec "$python" -m orchestrator "$@"
-done
-echo 'no Python with Ray on the PATH of the head node: start Ray there from its environment' >&2
-exit 6
-"""
+# In one line, as Ray prints it.
+_FIND_PYTHON = (
+    'own=$1; shift; for python in "$own" python3 python; do "$python" -c "import ray" 2>/dev/null '
+    '&& exec "$python" -m orchestrator "$@"; done; echo "no Python with Ray on the PATH of the '
+    'head node: start Ray there from its environment" >&2; exit 6'
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ def test_a_run_joins_the_cluster_it_is_told(
 ) -> None:
     address = f"cluster.address={ray_cluster.address}"
     # The node has this label and this resource; a queue with nobody in it costs nothing.
-    chosen = ("cluster.node_labels={zone: a}", "cluster.accelerator_type=H100", "cluster.queue_s=9")
+    chosen = ("+cluster.node_labels.zone=a", "cluster.accelerator_type=H100", "cluster.queue_s=9")
     ended = train("cluster=existing", address, *chosen, cwd=tmp_path, env=ray_cluster.env)
     assert ended.code == 0, ended.out
     np.testing.assert_allclose(rig.losses(ended.run), rig.losses(one_device.run), rtol=1e-6)
@@ -53,7 +53,7 @@ def test_more_than_the_cluster_has_is_refused_with_both_figures(
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("cluster.node_labels={zone: b}", "1 CPU with the label(s) zone=b each do not fit"),
+        ("+cluster.node_labels.zone=b", "1 CPU with the label(s) zone=b each do not fit"),
         ("cluster.accelerator_type=TPU-V4", "1 CPU (TPU-V4) each do not fit"),
     ],
 )
@@ -67,9 +67,10 @@ def test_nodes_that_nobody_has_are_refused_at_once(
     assert "cluster.queue_s" in ended.out
 
 
+@pytest.mark.thorough
 def test_who_queues_is_told_why_and_for_how_long(ray_cluster: Cluster, tmp_path: Path) -> None:
     asked = ("cluster=existing", f"cluster.address={ray_cluster.address}", "cluster.queue_s=4")
-    nodes = "cluster.node_labels={zone: b}"
+    nodes = "+cluster.node_labels.zone=b"
     ended = train(*asked, nodes, cwd=tmp_path, env=ray_cluster.env)
     assert ended.code == 6, ended.out
     assert "waiting for room, for 1 s at most: 1 worker(s) of 1 CPU with the label" in ended.out
@@ -91,7 +92,7 @@ def test_a_wrong_token_is_called_that(ray_cluster: Cluster, tmp_path: Path) -> N
     assert "InvalidAuthToken" not in ended.out
 
 
-SLOW = ("job.args.delay_ms=20", "train.max_block_steps=4", "train.steps=2000")
+SLOW = ("job.args.delay_ms=20", "train.max_block_steps=4", "train.steps=100000")
 
 
 def submit(ray_cluster: Cluster, mlflow_server: str, folder: Path, *more: str) -> list[str]:
@@ -150,13 +151,13 @@ def test_a_submitted_run_is_left_looked_at_and_stopped_from_elsewhere(
 
     told = ask(ray_cluster, tmp_path, "status", name)
     assert f"{name}: running since" in told and "worker 0" in told
-    assert "TensorFlow" in ask(ray_cluster, tmp_path, "logs", name, "worker=0")
-    assert "tracing" in ask(ray_cluster, tmp_path, "logs", run.root.name)
+    told = ask(ray_cluster, tmp_path, "logs", run.root.name)
+    assert "tracing: " in told and "Running entrypoint" not in told
     told = ask(ray_cluster, tmp_path, "stop", name)
     assert "killed, stopped" in told and f"resume={run.root.name}" in told
     assert rig.records(run, "RunEnded")[0]["status"] == "KILLED"
     step = rig.last_step(run)
-    assert step < 2000 and [saved["step"] for saved in rig.records(run, "Saved")] == [step]
+    assert step < 100000 and [saved["step"] for saved in rig.records(run, "Saved")] == [step]
 
 
 @pytest.mark.thorough
@@ -210,7 +211,7 @@ def test_who_queues_goes_on_when_there_is_room(ray_cluster: Cluster, tmp_path: P
     assert rig.finish(busy, first).code == 143
     ended = rig.finish(queued, second)
     assert ended.code == 0, ended.out
-    assert "3 CPU each, free are 1 CPU" in ended.out
+    assert "waiting for room, for 87 s at most: 1 worker(s) of 3 CPU each, free are" in ended.out
 
 
 def test_what_cannot_work_from_a_cluster_is_refused_with_both_keys(tmp_path: Path) -> None:
