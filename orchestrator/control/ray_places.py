@@ -129,7 +129,8 @@ class Places:
             if self._group.wait(min(word_s, left_s)):
                 return True
             word_s = _NEXT_WORD_S
-            self._notice(f"waiting for room, for {left_s:.0f} s at most: {_why_not_yet(plan)}")
+            if (left_s := deadline - time.monotonic()) > 0:
+                self._notice(f"waiting for room, for {left_s:.0f} s at most: {_why_not_yet(plan)}")
         return False
 
     def release(self) -> None:
