@@ -206,6 +206,8 @@ def test_the_token_is_asked_for_everywhere_and_tensorflows_ports_are_the_named_o
         ("GET", "/nodes?view=summary", None),
     )
     assert site.stranger(site.hosts.dashboard, *tries) == [401] * len(tries)
+    agent = f"http://{Hosts.ip(0)}:52365"
+    assert site.stranger(agent, ("POST", "/api/job_agent/jobs/", body)) == [401]
     joined = site.hosts.popen(
         CLIENT, [sys.executable, "-c", JOIN, site.hosts.address], site.folder, WITHOUT_TOKEN
     )
@@ -294,6 +296,7 @@ def test_a_run_on_one_device_opens_no_port_of_tensorflow_and_mlflow_is_for_loopb
     slow = ["job.args.delay_ms=20", "train.max_block_steps=4", "train.steps=100000"]
     process = site.hosts.popen(1, [*command, *slow], cwd)
     run = rig.wait_for_step(cwd, 8)
+    rig.wait_for((cwd / "runs" / "mlflow.db").exists, "MLflow's database")
     ui = site.hosts.popen(1, [*command[:3], "ui", "port=5055"], cwd)
     try:
         opened = site.listening(1)
