@@ -312,10 +312,11 @@ def test_a_run_on_one_device_opens_no_port_of_tensorflow_and_mlflow_is_for_loopb
         ]
 
         def answers() -> bool:
+            assert ui.poll() is None, ui.communicate()[0]
             said, _ = site.hosts.popen(1, loopback, cwd).communicate(timeout=60)
             return "200" in said
 
-        rig.wait_for(answers, "MLflow's interface", 60.0)
+        rig.wait_for(answers, "MLflow's interface", 150.0)
         (answer,) = site.stranger(f"http://{Hosts.ip(1)}:5055", ("GET", "/health", None))
         assert "refused" in str(answer)
     finally:
