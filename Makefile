@@ -23,7 +23,7 @@ job = $(if $(conf),job=$(call quote,$(conf)))
 stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
     [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
 
-.PHONY: help setup train plan config verify chaos sweep ui submit test bench lint types lock clean FORCE
+.PHONY: help setup train plan config verify chaos sweep ui submit runs test bench lint types lock clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## Print these lines
@@ -55,6 +55,9 @@ ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface
 
 submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=http://head:8265
 	$(orchestrator) submit $(job) $(if $(address),cluster.address=$(call quote,$(address))) $(args)
+
+runs: .venv/.stamp-$(device) ## Look at runs and stop them: args="status mnist/RUN"
+	$(orchestrator) runs $(if $(args),$(args),list)
 
 # Those of tests/train keep a processor busy while those of tests/cluster wait for processes.
 everything := --ignore=tests/gpu -p tests.beside --beside=tests/train --alone=tests/faults

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from orchestrator.errors import ConfigError, ExitCode, OrchestratorError
@@ -20,7 +22,7 @@ _VERBS = {
     "chaos": "prove that a run under faults leaves what an undisturbed one leaves",
     "sweep": "train a job with all combinations of values: sweep job=mnist train.seed=1,2,3",
     "submit": "run train on a Ray cluster: submit job=mnist cluster.address=http://head:8265 ...",
-    "runs": "runs list; runs compare RUN RUN: what differs; runs sync RUN: MLflow once more",
+    "runs": "runs list; runs status|logs|stop RUN; runs compare RUN RUN; runs sync RUN",
     "weights": "turn a checkpoint into Keras's weights and back: weights RUN to=FILE.weights.h5",
     "ui": "open the MLflow UI",
 }
@@ -99,6 +101,8 @@ def _run(verb: str, rest: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(f"{verb}: {_VERBS[verb]}")
         return int(ExitCode.DONE)
+    if verb == "runs":
+        rest = ["follow=true" if argument == "-f" else argument for argument in rest]
     overrides, config_dir = _split_options(rest)
     return verbs[verb](overrides, config_dir)
 
@@ -179,43 +183,32 @@ def _submit(overrides: list[str], config_dir: Path | None) -> int:
     for override in overrides:
         if override.startswith("cluster=") and override != "cluster=existing":
             raise ConfigError(f"{override}: submit runs on an existing cluster; leave it out")
+    detach, overrides = _take_flag("detach", overrides)
     config = load_config(["cluster=existing", *overrides], config_dir)
     from orchestrator.control.ray_settings import apply_ray_settings
 
     apply_ray_settings(config.cluster.name)
     from orchestrator.control.ray_submit import submit
+    from orchestrator.runs import new_run_name
 
-    return submit(config, overrides, config_dir)
-
-
-def _runs(overrides: list[str], config_dir: Path | None) -> int:
-    """Take `list`, `compare RUN RUN [tolerance=1e-5]` or `sync RUN`; RUN is a run's folder."""
-    match overrides:
-        case ["list", *rest]:
-            from orchestrator.listing import list_runs
-
-            return int(list_runs(rest, Path.cwd()))
-        case ["sync", run]:
-            from orchestrator.driver import sync
-
-            return int(sync(run, Path.cwd()))
-        case ["compare", left, right, *rest] if len(rest) < 2:
-            from orchestrator.comparison import DEFAULT_TOLERANCE, compare_runs
-
-            tolerance = _tolerance(rest[0]) if rest else DEFAULT_TOLERANCE
-            return int(compare_runs(left, right, tolerance, Path.cwd()))
-    raise ConfigError(
-        "runs: `runs list [job=NAME]`, `runs compare RUN RUN [tolerance=1e-5]` and `runs sync RUN` "
-        "are known; RUN is a run's folder"
-    )
+    name = new_run_name(datetime.now(), secrets.token_hex(2))
+    return submit(config, overrides, config_dir, new_name=name, detach=detach)
 
 
-def _tolerance(text: str) -> float:
-    key, _, value = text.partition("=")
-    with contextlib.suppress(ValueError):
-        if key == "tolerance" and float(value) >= 0:
-            return float(value)
-    raise ConfigError(f"runs compare: {text}: tolerance=NUMBER is meant, at least 0")
+def _take_flag(key: str, overrides: list[str]) -> tuple[bool, list[str]]:
+    """Separate `KEY=true|false`, which says how a command is run, from the overrides."""
+    given = [override for override in overrides if override.partition("=")[0] == key]
+    for override in given:
+        if override not in (f"{key}=true", f"{key}=false"):
+            raise ConfigError(f"{override}: {key}=true or {key}=false is meant")
+    rest = [override for override in overrides if override not in given]
+    return f"{key}=true" in given[-1:], rest
+
+
+def _runs(arguments: list[str], config_dir: Path | None) -> int:
+    from orchestrator.runs_command import runs
+
+    return int(runs(arguments, Path.cwd()))
 
 
 def _weights(overrides: list[str], config_dir: Path | None) -> int:

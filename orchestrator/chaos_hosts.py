@@ -51,7 +51,12 @@ class Hosts:
     """Some hosts on one switch, each with a Ray node; a context manager that leaves nothing."""
 
     def __init__(
-        self, num_hosts: int, *, num_cpus: int = 1, ray_env: Mapping[str, str] = HEALTH_CHECKS
+        self,
+        num_hosts: int,
+        *,
+        num_cpus: int = 1,
+        ray_env: Mapping[str, str] = HEALTH_CHECKS,
+        dashboard: bool = False,
     ):
         """Make the hosts and start Ray on them.
 
@@ -59,6 +64,7 @@ class Hosts:
             num_hosts: how many.
             num_cpus: what each node offers to Ray.
             ray_env: variables of every node's Ray.
+            dashboard: whether the head takes jobs, on all its addresses.
 
         Raises:
             ClusterError: the machine does not permit it, or Ray does not start.
@@ -66,6 +72,7 @@ class Hosts:
         sweep()
         self._prefix = f"{NAME}-{os.getpid()}-{next(_count)}"
         self._num_cpus = num_cpus
+        self._has_dashboard = dashboard
         self._switch = f"{self._prefix}-switch"
         self._holders: list[subprocess.Popen[bytes]] = []
         self.folder = Path(
@@ -102,6 +109,11 @@ class Hosts:
         return f"{self.ip(0)}:{_GCS_PORT}"
 
     @property
+    def dashboard(self) -> str:
+        """Where the head takes jobs."""
+        return f"http://{self.ip(0)}:8265"
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         """What the train command needs to have each worker on another host."""
         return (
@@ -128,7 +140,8 @@ class Hosts:
         if host:
             _until(self._has_head, "Ray's head to listen")
         else:
-            role = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false"]
+            role = ["--head", f"--port={_GCS_PORT}", f"--include-dashboard={self._has_dashboard}"]
+            role += ["--dashboard-host=0.0.0.0"] if self._has_dashboard else []
             role += [f"--temp-dir={self.folder / 'tmp' / 'ray'}"]
         command = [
             *(str(Path(sys.executable).with_name("ray")), "start", *role),

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from orchestrator.asking import listening
 from orchestrator.comparison import run_folder
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.inline_group import InlineGroup
@@ -114,6 +115,7 @@ def _train(
         is_resumable = past is not None and store.list_checkpoints(past.paths.checkpoints_dir)
         init_from = None if is_resumable else find_weights(config, cwd)
         paths = past.paths if past is not None else _begin(config, cwd, stack)
+        stack.enter_context(listening(paths, stops))
 
         def replan(num_workers: int) -> RunPlan:
             plan = make_plan(
@@ -235,7 +237,7 @@ def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> Wor
         return InlineGroup(run)
     from orchestrator.control.ray_group import RayGroup
 
-    return RayGroup(config.cluster, zygote=zygote, timed=screen.timed)
+    return RayGroup(config.cluster, zygote=zygote, timed=screen.timed, notice=screen.notice)
 
 
 def _write_plan(plan: RunPlan, overrides: list[str]) -> None:

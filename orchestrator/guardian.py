@@ -8,7 +8,6 @@ reach of what ends the driver's process group and its children. It becomes
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from orchestrator.lease import lock
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.secrets import mask_text
 
@@ -124,7 +124,7 @@ def held(paths: RunPaths) -> Iterator[bool]:
     """Hold the run's lease, without a word about the holder, if nobody else does."""
     with paths.lease.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except OSError:
             yield False
         else:

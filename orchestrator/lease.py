@@ -8,8 +8,10 @@ import json
 import os
 import socket
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from orchestrator.errors import StorageError
 from orchestrator.spec.paths import RunPaths
@@ -18,6 +20,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # A guardian holds the lease of a killed driver while it writes down how the run ended.
 _GUARDIAN_S = 20.0
 _LOOK_INTERVAL_S = 0.1
+# Who only wants to know whether a run is held locks it for a moment.
+_LOOKER_S = 0.2
 
 
 class Lease:
@@ -50,6 +54,8 @@ class Lease:
             holder = self._read()
             self._file.close()
             raise _refusal(paths, error, holder) from error
+        # What an earlier holder was asked for.
+        paths.stop_request.unlink(missing_ok=True)
         before = self._read()
         # A copy of a folder brings its lease along, and says nothing about this one.
         is_left = before.get("root") == root
@@ -75,25 +81,76 @@ class Lease:
         deadline = time.monotonic() + _GUARDIAN_S
         while True:
             try:
-                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock(self._file)
             except BlockingIOError:
                 if time.monotonic() > deadline or not _is_dead(self._read()):
                     raise
             time.sleep(_LOOK_INTERVAL_S)
 
     def _read(self) -> dict[str, object]:
-        self._file.seek(0)
-        try:
-            holder = json.loads(self._file.read())
-        except ValueError:
-            return {}
-        return holder if isinstance(holder, dict) else {}
+        return _read(self._file)
 
     def _write(self, holder: dict[str, object] | None) -> None:
         self._file.seek(0)
         self._file.truncate()
         self._file.write(json.dumps(holder) if holder is not None else "")
         self._file.flush()
+
+
+def lock(file: IO[str]) -> None:
+    """Lock a file for its holder, if nobody else does; who only looks is waited for.
+
+    Raises:
+        OSError: somebody holds it, or its file system knows no locks.
+    """
+    deadline = time.monotonic() + _LOOKER_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOKER_S / 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The living driver of a run.
+
+    Attributes:
+        words: process, host and since when.
+        pid: of the process, where it is one of this host; else None.
+    """
+
+    words: str
+    pid: int | None
+
+
+def holder_of(paths: RunPaths) -> Holder | None:
+    """Return who holds a run; None where its driver is gone, or never was."""
+    try:
+        with paths.lease.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _read(file)
+            else:
+                return None
+    except OSError:
+        return None
+    if _is_dead(holder):
+        return None  # its guardian ends the record
+    is_here = holder.get("host") == socket.gethostname()
+    return Holder(_words(holder), int(str(holder["pid"])) if is_here else None)
+
+
+def _read(file: IO[str]) -> dict[str, object]:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _refusal(paths: RunPaths, error: OSError, holder: dict[str, object]) -> StorageError:

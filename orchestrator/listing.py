@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.lease import holder_of
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import read
 
@@ -60,7 +60,7 @@ class Listed:
         """Return the status; a run without one is running or its driver has died."""
         if self.status is not None:
             return self.status.lower()
-        return "running" if is_held(self.paths.lease) else "died"
+        return "running" if holder_of(self.paths) else "died"
 
     def result(self) -> str:
         """Return the best value of `best.metric`, else what the last evaluation found first."""
@@ -131,15 +131,3 @@ def table(rows: list[tuple[str, ...]]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def is_held(lease: Path) -> bool:
-    """Tell whether a living driver holds a run."""
-    try:
-        with lease.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

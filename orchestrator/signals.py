@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -37,6 +38,7 @@ class Stops:
         self.is_hurried = False
         self._end = end
         self._signals: list[int] = []
+        self._asked: deque[tuple[str, bool]] = deque()
         self._is_out_of_time = False
         self._stop: Callable[[str], bool] = _nothing_to_wait_for
         self._kept: dict[int, Any] = {}
@@ -57,6 +59,19 @@ class Stops:
     def limit(self, seconds: float) -> None:
         """Stop after so many seconds, as a first signal would."""
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+
+    def ask(self, reason: str, *, at_once: bool) -> None:
+        """Stop as SIGTERM would; from any thread.
+
+        Args:
+            reason: who asks, for the user to read.
+            at_once: as a second signal would.
+        """
+        self._asked.append((reason, at_once))
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        # To that very thread, so that a call it waits in is interrupted.
+        signal.pthread_kill(main_thread, signal.SIGTERM)
 
     def hand_over(self, stop: Callable[[str], bool] | None) -> None:
         """Say what is done about a stop; None for nothing, then it raises.
@@ -84,7 +99,7 @@ class Stops:
         return ExitCode.TERMINATED if is_terminated else ExitCode.INTERRUPTED
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        was_asked = self.is_asked
+        was_asked, at_once = self.is_asked, False
         if number == signal.SIGALRM:
             if was_asked:
                 return
@@ -93,7 +108,9 @@ class Stops:
         else:
             self._signals.append(number)
             reason = signal.Signals(number).name
-        if len(self._signals) > 1:
+            if number == signal.SIGTERM and self._asked:
+                reason, at_once = self._asked.popleft()
+        if len(self._signals) > 1 or at_once:
             self._hurry()
             raise Interrupted
         # A signal just after the time was over, as batch systems send it, changes nothing.

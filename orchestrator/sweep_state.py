@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.errors import ExitCode
-from orchestrator.listing import Listed, is_held
+from orchestrator.lease import holder_of
+from orchestrator.listing import Listed
 from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.schema import BestConfig, BestMode
@@ -88,7 +89,7 @@ class ChildState:
     @property
     def is_taken(self) -> bool:
         """Whether another process trains it, such as one that a killed sweep has left."""
-        return self.process is None and is_held(self.paths.lease)
+        return self.process is None and holder_of(self.paths) is not None
 
     def result(self, best: BestConfig) -> float | None:
         """Return the best value of `best.metric`, else the loss of the last evaluation."""

@@ -141,6 +141,7 @@ class Training:
                 "attempt": attempt,
                 "restore_from": restore_from,
                 "num_workers": num_workers,
+                "total_steps": self._plan.total_steps,
             }
         )
 

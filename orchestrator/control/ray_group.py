@@ -64,6 +64,7 @@ class RayGroup:
         *,
         zygote: Zygote | None = None,
         timed: Timed = lambda _: nullcontext(),
+        notice: Callable[[str], None] = lambda _: None,
     ):
         """Do nothing yet.
 
@@ -71,13 +72,14 @@ class RayGroup:
             config: how to reach Ray.
             zygote: of this node, for a local cluster; it outlives the group.
             timed: shows a phase while a block runs.
+            notice: shown to the user.
         """
         self._config = config
         self._agents = Agents(config, zygote)
         self._timed = timed
         self._attempt = 0
         self._plan: RunPlan | None = None
-        self._places = Places(config)
+        self._places = Places(config, notice)
         self._samplers = Samplers()
         self._seats: dict[int, Seat] = {}
         self._addresses: tuple[str, ...] = ()

@@ -22,9 +22,10 @@ from typing import Any
 import ray
 
 from orchestrator.control.launcher import standard_error_in
+from orchestrator.control.ray_nodes import may_hold_workers
 from orchestrator.errors import ClusterError
 from orchestrator.spec.plan import Host, RunPlan
-from orchestrator.spec.schema import ClusterConfig
+from orchestrator.spec.schema import ClusterConfig, Code
 
 LOOPBACK = "127.0.0.1"
 _CONNECT_TIMEOUT_S = 5.0
@@ -74,10 +75,12 @@ def join(config: ClusterConfig) -> Host:
         _join(address)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     others = [node for node in nodes if node["NodeManagerAddress"] not in _own_addresses()]
-    if others and "RAY_JOB_ID" not in os.environ and not _has_upload():
+    is_uploaded = "RAY_JOB_ID" in os.environ or config.code is Code.installed or _has_upload()
+    if others and not is_uploaded:
         # Other nodes do not see this checkout; a submitted job has brought its own upload.
         ray.shutdown()
         _join(config.address or "auto", upload=_PROJECT_DIR)
+    nodes = [node for node in nodes if may_hold_workers(node, config)] or nodes
     cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
     gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
     return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(gpus, default=0))

@@ -6,6 +6,8 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -18,13 +20,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.control.policy import Room
 from orchestrator.control.ray_nodes import (
+    asked_words,
     bundle_of,
     count_room,
     free_resources,
     host_name,
-    keep_off,
     living_nodes,
-    refuse_impossible,
+    wanted_labels,
+    why_impossible,
     words,
 )
 from orchestrator.errors import ClusterError, StartFailed
@@ -33,14 +36,23 @@ from orchestrator.spec.schema import ClusterConfig, ClusterName
 
 # A later attempt is placed where there was room; if there is none any more, it is looked for again.
 _PLACE_AGAIN_S = 15.0
+# Who waits for room is told why after so long, and then once in a while.
+_FIRST_WORD_S = 3.0
+_NEXT_WORD_S = 30.0
 
 
 class Places:
     """The places of a run's workers; they are kept from attempt to attempt as long as they fit."""
 
-    def __init__(self, config: ClusterConfig):
-        """Begin without any."""
+    def __init__(self, config: ClusterConfig, notice: Callable[[str], None] = lambda _: None):
+        """Begin without any.
+
+        Args:
+            config: says which nodes may be used, and how long to wait for room on them.
+            notice: shown to the user while they wait.
+        """
         self._config = config
+        self._notice = notice
         self._group: Any = None
         self._nodes: list[str] = []  # of each worker
         self._names: dict[str, str] = {}  # of the hosts of all nodes that were ever seen
@@ -83,28 +95,43 @@ class Places:
             ClusterError: the cluster has not so many, or not free within the limit.
             StartFailed: the same, after a first attempt that had all its places.
         """
-        bundle = bundle_of(plan)
-        limit_s = self._config.start_timeout_s
-        if self._is_first:
-            refuse_impossible(plan)
-        else:
+        limit_s, key = self._config.start_timeout_s, "cluster.start_timeout_s"
+        if not self._is_first:
             limit_s = min(limit_s, _PLACE_AGAIN_S)
+        elif self._config.queue_s:
+            limit_s, key = self._config.queue_s, "cluster.queue_s"
+        elif why := why_impossible(plan):
+            raise ClusterError(
+                f"{why}. Lower strategy.num_workers, strategy.devices_per_worker or "
+                "cluster.cpus_per_worker, ask for other nodes (cluster.node_labels, "
+                "cluster.accelerator_type, cluster.placement), or wait for them: cluster.queue_s"
+            )
         self._group = placement_group(
-            [bundle] * plan.num_workers,
+            [bundle_of(plan)] * plan.num_workers,
             strategy=self._config.placement.value,
-            bundle_label_selector=keep_off(self._bad(avoid), plan.num_workers),
+            bundle_label_selector=wanted_labels(plan, self._bad(avoid)),
         )
-        if not self._group.wait(limit_s):
+        if not self._wait(plan, limit_s):
             self.release()
             raise (ClusterError if self._is_first else StartFailed)(
-                f"{plan.num_workers} x {words(bundle)} were not free within {limit_s:g} s "
-                f"(cluster.start_timeout_s); free now: {words(ray.available_resources())}. Wait "
-                "for other jobs, or ask for less with strategy.num_workers or "
-                "cluster.cpus_per_worker"
+                f"no room within {limit_s:g} s ({key}): {_why_not_yet(plan)}. Wait for other jobs, "
+                "or ask for less with strategy.num_workers or cluster.cpus_per_worker"
             )
         self._is_first = False
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         self._nodes = [nodes[worker] for worker in range(plan.num_workers)]
+
+    def _wait(self, plan: RunPlan, limit_s: float) -> bool:
+        """Wait for the places, saying why from time to time; tell whether they came."""
+        deadline = time.monotonic() + limit_s
+        word_s = _FIRST_WORD_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            if self._group.wait(min(word_s, left_s)):
+                return True
+            word_s = _NEXT_WORD_S
+            if (left_s := deadline - time.monotonic()) > 0:
+                self._notice(f"waiting for room, for {left_s:.0f} s at most: {_why_not_yet(plan)}")
+        return False
 
     def release(self) -> None:
         """Give all places back; actors that are still there end."""
@@ -150,3 +177,11 @@ class Places:
             is_local = self._config.name is ClusterName.local
             self._names[node] = socket.gethostname() if is_local else host_name(facts)
         return nodes
+
+
+def _why_not_yet(plan: RunPlan) -> str:
+    """Return why the places are not there: others have them, or no node has what is asked."""
+    if why := why_impossible(plan):
+        return why
+    free = words(ray.available_resources())
+    return f"{plan.num_workers} worker(s) of {asked_words(plan)} each, free are {free}"

@@ -5,75 +5,123 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import shlex
-import shutil
-import sys
+import getpass
+import signal
+import socket
 import tempfile
 import time
 import urllib.parse
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from ray.job_submission import JobStatus, JobSubmissionClient
+from orchestrator.control.authentication import refuse_open_cluster
+from orchestrator.control.ray_jobs import (
+    CODE,
+    JOB,
+    POLL_S,
+    RUN,
+    RUNS_DIR,
+    command_line,
+    connect,
+    exit_code,
+    follow,
+    hand_in,
+    new_id,
+    run_folder,
+)
+from orchestrator.control.upload import USERS_DIR, stage
+from orchestrator.errors import ClusterError, ConfigError, Interrupted
+from orchestrator.spec.schema import Code, RunConfig
 
-from orchestrator.errors import ClusterError, ConfigError, ExitCode
-from orchestrator.spec.config import PROJECT_DIR
-from orchestrator.spec.schema import RunConfig
-
-_CODE = ("orchestrator", "conf", "jobs")
-_USERS_DIR = "config_dir"
-_POLL_S = 0.2
-_STOP_TIMEOUT_S = 120.0
-_SETTLE_S = 10.0
-_AGENT_PATIENCE_S = 30.0
-# What the job server says until then (ray 2.60, dashboard/modules/job/job_head.py).
-_NO_AGENT = "No available agent"
-_SCRIPT = "run.sh"
-# The first Python that has Ray runs the driver: the submitter's own path, where all machines have
-# one image, else what is on the head node's PATH.
-_FIND_PYTHON = """own=$1
-shift
-for python in "$own" python3 python; do
-    "$python" -c 'import ray' 2>/dev/null && exec "$python" -m orchestrator "$@"
-done
-echo 'no Python with Ray on the PATH of the head node: start Ray there from its environment' >&2
-exit 6
-"""
+# `ray job stop`, which others may use, gives the driver so long to save; 3 s by default.
+_ENVIRONMENT = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+# How long a driver may take to say which run it has taken up.
+_NAMING_S = 120.0
+_FOUND_BY_DRIVER = ("auto", "latest")
 
 
-def submit(config: RunConfig, overrides: list[str], config_dir: Path | None) -> int:
+def submit(
+    config: RunConfig,
+    overrides: list[str],
+    config_dir: Path | None,
+    *,
+    new_name: str,
+    detach: bool,
+) -> int:
     """Submit a training as a Ray job, show its output and wait for its end.
+
+    A signal leaves the job alone: it goes on.
 
     Args:
         config: validated, with `cluster=existing` and the address of Ray's dashboard.
         overrides: as typed.
         config_dir: the user's own configuration and modules, uploaded with the project.
+        new_name: of the run, if it is a new one and has no `run_name`.
+        detach: return as soon as the run has a name.
 
     Returns:
-        The exit code of the driver on the cluster.
+        The exit code of the driver on the cluster; 0 where it was left to itself, 128 and more
+        where a signal ended the watching.
 
     Raises:
         ConfigError: the address, run folder or record cannot work from a cluster.
-        ClusterError: no job server answers, or the job could not be started.
+        ClusterError: no job server answers, it is open to anybody, or the job could not be started.
     """
     _refuse(config)
-    logging.disable(logging.INFO)  # what the client of the job API tells about itself
     address = config.cluster.address
     assert address is not None
-    client = _connect(address)
-    arguments = _arguments(config, overrides, config_dir)
-    with tempfile.TemporaryDirectory(prefix="orch-submit-") as folder:
-        _stage(Path(folder), config_dir)
-        job = _hand_in(client, address, Path(folder), arguments)
-    print(f"job {job} at {address}; Ctrl-C saves and stops it", flush=True)
-    try:
-        asyncio.run(_follow(client, job))
-    except KeyboardInterrupt:
-        _stop(client, job)
-    return _exit_code(client, job)
+    if not config.cluster.allow_unauthenticated:
+        refuse_open_cluster(address)
+    client = connect(address)
+    run = _run_name(config, new_name)
+    job = new_id(config.job.name)
+    with _Leaving() as leaving:
+        try:
+            _send(client, job, config, overrides, config_dir, run)
+            name = f"run {config.job.name}/{run}" if run else f"resume={config.resume}"
+            print(f"job {job} at {address}: {name}", flush=True)
+            if detach:
+                _tell_how_to_look(address, _name(client, job, config, run))
+                return 0
+            print("Ctrl-C leaves it running; `runs stop` saves and stops it", flush=True)
+            follow(client, job)
+        except KeyboardInterrupt:
+            leaving.is_over = True
+            return _leave(client, job, address, config, run, leaving.number)
+        except ClusterError:
+            _tell_how_to_look(address, f"{config.job.name}/{run}" if run else job)
+            raise
+    return exit_code(client, job)
+
+
+class _Leaving:
+    """Turns signals into the end of watching, also those that come twice.
+
+    SIGINT stays ignored where the parent ignores it, as a shell does for what runs in the
+    background; SIGTERM is always heeded.
+    """
+
+    def __init__(self) -> None:
+        self.number = signal.SIGINT
+        self.is_over = False
+        self._kept: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Leaving:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+                self._kept[number] = signal.signal(number, self._leave)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._kept.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_over:
+            self.number = signal.Signals(number)
+            raise Interrupted
 
 
 def _refuse(config: RunConfig) -> None:
@@ -100,91 +148,102 @@ def _refuse(config: RunConfig) -> None:
         raise ConfigError("\n".join(errors))
 
 
-def _connect(address: str) -> Any:
-    try:
-        return JobSubmissionClient(address)
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        raise ClusterError(
-            f"no Ray job server at cluster.address={address}: {text[0] if text else error}; start "
-            "Ray there with `ray start --head`, or name another address. A cluster with a token "
-            "wants RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from error
+def _run_name(config: RunConfig, new_name: str) -> str | None:
+    """Return the run's name, chosen here for a new run; None where only the driver can find it."""
+    if config.resume is not None:
+        return None if config.resume in _FOUND_BY_DRIVER else config.resume
+    return config.run_name or new_name
 
 
-def _arguments(config: RunConfig, overrides: list[str], config_dir: Path | None) -> list[str]:
+def _arguments(
+    config: RunConfig, overrides: list[str], config_dir: Path | None, run: str | None
+) -> list[str]:
     """Return what the driver on the cluster is called with."""
     ours = ("cluster=", "cluster.address=")
     arguments = [override for override in overrides if not override.startswith(ours)]
     arguments += ["cluster=existing", "cluster.address=auto"]
+    if config.resume is None and config.run_name is None:
+        arguments.append(f"run_name={run}")
     if not Path(config.data.cache_dir).is_absolute():
         # Beside the runs, where every node sees it and the next job finds it again.
         arguments.append(f"data.cache_dir={Path(config.runs_dir) / 'data'}")
     if config_dir is not None:
-        arguments.append(f"--config-dir={_USERS_DIR}")
+        folder = USERS_DIR if config.cluster.code is Code.upload else config_dir
+        arguments.append(f"--config-dir={folder}")
     return arguments
 
 
-def _hand_in(client: Any, address: str, folder: Path, arguments: list[str]) -> str:
-    """Submit the staged folder as a job and return its id.
-
-    The job server answers before the head's agent, which takes the jobs, has announced itself.
-    """
-    deadline = time.monotonic() + _AGENT_PATIENCE_S
-    while True:
-        try:
-            job: str = client.submit_job(
-                entrypoint=shlex.join(["sh", _SCRIPT, sys.executable, "train", *arguments]),
-                runtime_env={
-                    "working_dir": str(folder),
-                    # `ray job stop` gives the driver so long to save; 3 s by default.
-                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
-                },
-            )
-            return job
-        except Exception as error:
-            if _NO_AGENT not in str(error) or time.monotonic() > deadline:
-                raise ClusterError(f"Ray at {address} takes no job: {error}") from error
-            time.sleep(_POLL_S)
-
-
-def _stage(folder: Path, config_dir: Path | None) -> None:
-    """Copy what the cluster needs; Ray would upload the environment and the runs too."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    (folder / _SCRIPT).write_text(_FIND_PYTHON)
-    for name in _CODE:
-        shutil.copytree(PROJECT_DIR / name, folder / name, ignore=ignore)
-    if config_dir is not None:
-        shutil.copytree(config_dir, folder / _USERS_DIR, ignore=ignore)
+def _send(
+    client: Any,
+    job: str,
+    config: RunConfig,
+    overrides: list[str],
+    config_dir: Path | None,
+    run: str | None,
+) -> None:
+    """Upload the code, unless the nodes have it, and hand in the job."""
+    arguments = _arguments(config, overrides, config_dir, run)
+    code = config.cluster.code
+    metadata = {JOB: config.job.name, RUNS_DIR: config.runs_dir, CODE: code.value}
+    metadata["orchestrator.by"] = f"{_user()} on {socket.gethostname()}"
+    if run is not None:
+        metadata[RUN] = run
+    with tempfile.TemporaryDirectory(prefix="orch-submit-") as name:
+        folder = Path(name) if code is Code.upload else None
+        if folder is not None:
+            print(f"upload {stage(folder, config_dir)}", flush=True)
+        hand_in(
+            client,
+            job,
+            folder,
+            entrypoint=command_line(["train", *arguments]),
+            metadata=metadata,
+            runtime_env=_ENVIRONMENT,
+        )
 
 
-async def _follow(client: Any, job: str) -> None:
-    """Print what the job prints until it ends."""
-    async for text in client.tail_job_logs(job):
-        with suppress(OSError):  # nobody reads any more; the job goes on
-            print(text, end="", flush=True)
+def _name(client: Any, job: str, config: RunConfig, run: str | None) -> str:
+    """Return how commands call the run, which a driver that looks for one says first."""
+    if run is not None:
+        return f"{config.job.name}/{run}"
+    deadline = time.monotonic() + _NAMING_S
+    while time.monotonic() < deadline and not client.get_job_status(job).is_terminal():
+        if folder := run_folder(client, job):
+            return f"{config.job.name}/{folder.rpartition('/')[2]}"
+        time.sleep(POLL_S)
+    return job
 
 
-def _stop(client: Any, job: str) -> None:
-    """Let the driver save and stop; interrupted again, leave it to do so alone."""
-    print("\nstopping the job: it saves first", flush=True)
-    client.stop_job(job)
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
-    with suppress(KeyboardInterrupt):
-        while time.monotonic() < deadline and not client.get_job_status(job).is_terminal():
-            time.sleep(_POLL_S)
+def _leave(
+    client: Any, job: str, address: str, config: RunConfig, run: str | None, number: signal.Signals
+) -> int:
+    """Say what becomes of a job that is not watched any more."""
+    try:
+        client.get_job_info(job)
+    except Exception:
+        print("\nended before the job was handed in", flush=True)
+    else:
+        print(f"\n{number.name}: not watched any more; the job goes on", flush=True)
+        folder = None
+        if run is None:
+            with suppress(Exception):
+                folder = run_folder(client, job)
+        found = run or (folder.rpartition("/")[2] if folder else None)
+        _tell_how_to_look(address, f"{config.job.name}/{found}" if found else job)
+    return 128 + number
 
 
-def _exit_code(client: Any, job: str) -> int:
-    """Return the driver's own exit code; its last lines say why Ray did not run it, if so."""
-    deadline = time.monotonic() + _SETTLE_S
-    while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    info = client.get_job_info(job)
-    if info.status == JobStatus.SUCCEEDED:
-        return int(ExitCode.DONE)
-    if info.status == JobStatus.STOPPED:
-        return int(ExitCode.INTERRUPTED)
-    if info.driver_exit_code:
-        return int(info.driver_exit_code)
-    raise ClusterError(f"Ray job {job} is {info.status.value}: {info.message}")
+def _tell_how_to_look(address: str, name: str) -> None:
+    for word, how in (
+        ("look", f"status {name}"),
+        ("logs", f"logs {name} -f"),
+        ("stop", f"stop {name}"),
+    ):
+        print(f'  {word}  make runs args="{how} address={address}"', flush=True)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "somebody"

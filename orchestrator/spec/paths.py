@@ -56,6 +56,11 @@ class RunPaths:
         return self.root / ".lease"
 
     @property
+    def stop_request(self) -> Path:
+        """Asks the driver to stop; it is removed by the driver, and seldom there."""
+        return self.root / ".stop"
+
+    @property
     def checkpoints_dir(self) -> Path:
         """Holds `step-00001200/` folders and one staging folder an attempt."""
         return self.root / "checkpoints"

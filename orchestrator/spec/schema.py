@@ -119,6 +119,13 @@ class Placement(Enum):
     STRICT_SPREAD = "STRICT_SPREAD"
 
 
+class Code(Enum):
+    """How the project comes to the nodes of a cluster."""
+
+    upload = "upload"
+    installed = "installed"
+
+
 @dataclass(kw_only=True, slots=True)
 class JobConfig:
     """Which class to train. `args` are the constructor's arguments."""
@@ -145,8 +152,13 @@ class ClusterConfig:
 
     name: ClusterName
     address: str | None
+    code: Code = Code.upload
+    allow_unauthenticated: bool = False
     placement: Placement
+    node_labels: dict[str, str] = field(default_factory=dict)
+    accelerator_type: str | None = None
     cpus_per_worker: int | None
+    queue_s: float = 0.0
     start_timeout_s: float
     driver_silence_s: float
     agent_silence_s: float

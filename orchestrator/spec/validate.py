@@ -21,6 +21,7 @@ from orchestrator.spec.schema import (
 )
 from orchestrator.spec.secrets import mask_text
 from orchestrator.spec.sweep import sweep_rules
+from orchestrator.spec.validate_placement import placement_rules
 from orchestrator.spec.validate_recovery import recovery_rules
 from orchestrator.spec.validate_train import train_rules
 
@@ -56,6 +57,7 @@ def validate(config: RunConfig) -> None:
         *_numbers(config),
         *_strategy(config),
         *_lengths(config),
+        *placement_rules(config),
         *recovery_rules(config),
         *train_rules(config),
         *sweep_rules(config),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.rig import Ended, train, wait_for
+from tests.cluster.rig import ROOT, Ended, train, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of one node with four CPUs, with a token."""
+    """A cluster of one node with four CPUs and something to choose it by, with a token."""
     token = tmp_path_factory.mktemp("ray") / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -69,8 +69,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             ),
             *(f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
             f"--dashboard-agent-listen-port={agent}",
+            *("--labels=zone=a", '--resources={"accelerator_type:H100": 1}'),
         ],
-        env={**os.environ, **env},
+        # The nodes have the project, for cluster.code=installed; an upload goes before it.
+        env={**os.environ, **env, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

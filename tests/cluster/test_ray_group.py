@@ -16,7 +16,7 @@ from orchestrator.control.policy import Room
 from orchestrator.control.ray_checks import check_nodes, clock_warning, version_differences
 from orchestrator.control.ray_errors import why_lost
 from orchestrator.control.ray_join import _why_not_joined
-from orchestrator.control.ray_nodes import _answers, count_room, keep_off
+from orchestrator.control.ray_nodes import _answers, count_room, has_labels, wanted_labels
 from orchestrator.errors import ClusterError, ExitCode
 from orchestrator.spec.schema import Placement, StrategyName
 from tests.plans import tiny_plan
@@ -139,9 +139,36 @@ def test_a_worker_with_gpus_fits_where_both_are_free(tmp_path: Path) -> None:
     assert (room.fits(), room.worker) == (1, "1 CPU and 1 GPU")
 
 
-def test_a_placement_group_keeps_off_nodes_by_their_ids() -> None:
-    assert keep_off({"b", "a"}, 2) == [{"ray.io/node-id": "!in(a,b)"}] * 2
-    assert keep_off(set(), 2) == [{}, {}]
+def test_a_placement_group_asks_for_labels_and_keeps_off_nodes_by_their_ids(
+    tmp_path: Path,
+) -> None:
+    two = {"strategy__name": StrategyName.multi_worker, "strategy__num_workers": 2}
+    plan = tiny_plan(tmp_path, **two)
+    assert wanted_labels(plan, {"b", "a"}) == [{"ray.io/node-id": "!in(a,b)"}] * 2
+    assert wanted_labels(plan, set()) == [{}, {}]
+    plan = tiny_plan(tmp_path, **two, cluster__node_labels={"zone": "a"})
+    assert wanted_labels(plan, {"b"}) == [{"zone": "a", "ray.io/node-id": "!in(b)"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "zones"),
+    [("a", "a"), ("!a", "b "), ("in(a,b)", "ab"), ("!in(a, b)", " "), ("c", "")],
+)
+def test_labels_are_matched_as_ray_does(rule: str, zones: str) -> None:
+    nodes = {"a": {"Labels": {"zone": "a"}}, "b": {"Labels": {"zone": "b"}}, " ": {"Labels": {}}}
+    assert {zone for zone in nodes if has_labels(nodes[zone], {"zone": rule})} == set(zones)
+
+
+def test_a_worker_fits_only_where_the_labels_and_the_accelerator_are(tmp_path: Path) -> None:
+    nodes = {name: {**node(name), "Labels": {"zone": name}} for name in "123"}
+    multi = {"strategy__name": StrategyName.multi_worker}
+    plan = tiny_plan(tmp_path, **multi, cluster__node_labels={"zone": "!2"})
+    room = count_room(plan, Placement.PACK, nodes, FREE)
+    assert (room.fits(), room.worker) == (5, "1 CPU with the label(s) zone=!2")
+    plan = tiny_plan(tmp_path, **multi, cluster__accelerator_type="H100")
+    free = {**FREE, "1": {**FREE["1"], "accelerator_type:H100": 1.0}}
+    room = count_room(plan, Placement.PACK, nodes, free)
+    assert (room.fits(), room.worker) == (5, "1 CPU (H100)")
 
 
 def test_hosts_are_avoided_and_counted_by_name() -> None:

@@ -1,0 +1,163 @@
+"""The command `runs`: what can be asked about runs, here or on the head of a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ConfigError, ExitCode
+
+GRAMMAR = """\
+runs: RUN is a run's folder, <job>/<run> or its name; address=http://HEAD:8265 asks a cluster
+  runs list [job=NAME] [runs_dir=FOLDER] [address=...]   status, steps, result, age
+  runs status RUN [runs_dir=FOLDER] [address=...]        where it is, how it fares, what failed
+  runs logs RUN [-f] [worker=N] [address=...]            what was written; -f follows
+  runs stop RUN [force=true] [address=...]               save and stop; again, or by force: end now
+  runs compare RUN RUN [tolerance=1e-5]                  what differs
+  runs sync RUN                                          write the record into MLflow once more"""
+_DEFAULT_DIR = "runs"
+
+
+def runs(arguments: list[str], cwd: Path) -> int:
+    """Do what `runs` was asked for.
+
+    Args:
+        arguments: as typed, the first a word.
+        cwd: what relative paths are relative to.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: the word or one of the keys is not known, or there is no such run.
+    """
+    match arguments:
+        case ["list", *rest]:
+            return _list(rest, cwd)
+        case ["status" | "logs" | "stop" as word, run, *rest]:
+            keys = {"status": (), "logs": ("worker", "follow"), "stop": ("force",)}[word]
+            settings = _settings(word, rest, (*keys, "runs_dir", "address", "via"))
+            if settings.get("address"):
+                return _ask_remotely(word, run, settings)
+            return int(_answer(word, run, settings, cwd))
+        case ["sync", run]:
+            from orchestrator.driver import sync
+
+            return int(sync(run, cwd))
+        case ["compare", left, right, *rest] if len(rest) < 2:
+            from orchestrator.comparison import DEFAULT_TOLERANCE, compare_runs
+
+            tolerance = _tolerance(rest[0]) if rest else DEFAULT_TOLERANCE
+            return int(compare_runs(left, right, tolerance, cwd))
+    raise ConfigError(GRAMMAR)
+
+
+def _answer(word: str, run: str, settings: Mapping[str, str], cwd: Path) -> ExitCode:
+    """Answer from a run folder that this machine sees."""
+    from orchestrator.status import find_run_folder, print_status
+
+    worker, follow = _worker(settings), _flag(settings, "follow")
+    force, via = _flag(settings, "force"), settings.get("via")
+    paths = find_run_folder(run, settings.get("runs_dir", _DEFAULT_DIR), cwd)
+    if word == "status":
+        return print_status(paths, via)
+    if word == "logs":
+        from orchestrator.logs import print_logs
+
+        return print_logs(paths, worker, follow=follow)
+    from orchestrator.stopping import stop
+
+    return stop(paths, force=force, address=via)
+
+
+def _list(arguments: list[str], cwd: Path) -> int:
+    if not any(argument.startswith("address=") for argument in arguments):
+        from orchestrator.listing import list_runs
+
+        return int(list_runs(arguments, cwd))
+    settings = _settings("list", arguments, ("job", "runs_dir", "address"))
+    client, jobs = _client(settings["address"])
+    known = jobs.submitted(client)
+    folders = {one.runs_dir: one.is_installed for one in reversed(known)}
+    if runs_dir := settings.get("runs_dir"):
+        folders = {runs_dir: folders.get(runs_dir, False)}
+    if not folders:
+        print(f"no runs were submitted to {settings['address']}")
+    job = [f"job={settings['job']}"] if settings.get("job") else []
+    code = 0
+    for folder, is_installed in folders.items():
+        asked = ["runs", "list", f"runs_dir={folder}", *job]
+        code = jobs.ask(client, asked, is_installed=is_installed) or code
+    return code
+
+
+def _ask_remotely(word: str, run: str, settings: Mapping[str, str]) -> int:
+    """Let the head of a cluster answer about a run that was submitted there."""
+    _worker(settings)
+    address = settings["address"]
+    client, jobs = _client(address)
+    one = jobs.find(client, run)
+    if word == "logs" and "worker" not in settings:
+        # Ray keeps what the driver prints, and has it also where no run came to be.
+        if _flag(settings, "follow"):
+            jobs.follow(client, one.job)
+        else:
+            jobs.print_log(client, one.job)
+        return int(ExitCode.DONE)
+    if one.folder is None:
+        raise ConfigError(
+            f"{run}: its driver has not said yet which run it trains; what it says: "
+            f"runs logs {one.job} address={address}"
+        )
+    passed = [f"{key}={value}" for key, value in settings.items() if key not in ("address", "via")]
+    asked = ["runs", word, one.folder, *passed]
+    if word != "logs":
+        asked.append(f"via={address}")
+    code: int = jobs.ask(client, asked, is_installed=one.is_installed)
+    return code
+
+
+def _client(address: str) -> tuple[Any, Any]:
+    """Return a client of a job server, and the module that speaks through it."""
+    from orchestrator.control.ray_settings import apply_ray_settings
+    from orchestrator.spec.schema import ClusterName
+
+    apply_ray_settings(ClusterName.existing)
+    from orchestrator.control import ray_jobs
+
+    return ray_jobs.connect(address), ray_jobs
+
+
+def _settings(word: str, arguments: list[str], known: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        key = key.removeprefix("cluster.")
+        if not equals or key not in known:
+            raise ConfigError(f"runs {word}: {argument} is not known here\n{GRAMMAR}")
+        found[key] = value
+    return found
+
+
+def _worker(settings: Mapping[str, str]) -> int | None:
+    text = settings.get("worker")
+    if text is None or text.isdigit():
+        return None if text is None else int(text)
+    raise ConfigError(f"worker={text}: the index of a worker is meant, from 0")
+
+
+def _flag(settings: Mapping[str, str], key: str) -> bool:
+    text = settings.get(key, "false")
+    if text in ("true", "false"):
+        return text == "true"
+    raise ConfigError(f"{key}={text}: {key}=true or {key}=false is meant")
+
+
+def _tolerance(text: str) -> float:
+    key, _, value = text.partition("=")
+    with contextlib.suppress(ValueError):
+        if key == "tolerance" and float(value) >= 0:
+            return float(value)
+    raise ConfigError(f"runs compare: {text}: tolerance=NUMBER is meant, at least 0")
