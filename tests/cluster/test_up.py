@@ -109,7 +109,9 @@ def test_runs_begin_with_what_is_kept_and_see_changed_code(tmp_path: Path, runti
     assert "joining Ray" in first.out and "starting Ray" not in first.out
     code = next(mine.rglob("blobs.py"))
     text = code.read_text()
-    marked = text.replace("def model(self)", "def on_end(self, model): return 'changed'\n\n    def model(self)", 1)
+    marked = text.replace(
+        "def model(self)", "def on_end(self, model): return 'changed'\n\n    def model(self)", 1
+    )
     assert marked != text
     code.write_text(marked)
     second = call("train", *job, runtime=runtime)
