@@ -1,4 +1,4 @@
-"""What `up` keeps: runs begin with it, leave nothing in it, and it ends with `down` or by itself."""
+"""What `up` keeps: runs begin with it, leave nothing in it; it ends with `down` or by itself."""
 
 from __future__ import annotations
 
@@ -127,3 +127,183 @@ def test_runs_begin_with_what_is_kept_and_see_changed_code(tmp_path: Path, runti
     assert psutil.wait_procs(processes, timeout=5)[1] == []
     assert not Path(state.control).parent.exists()
     assert call("down", runtime=runtime).out.startswith("nothing is kept here")
+
+
+@pytest.mark.thorough
+def test_what_has_another_environment_starts_its_own_and_says_why(runtime: Path) -> None:
+    up(runtime)
+    more = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    ended = call("train", *rig.JOB, *QUICK, runtime=runtime, more=more)
+    assert ended.code == 0, ended.out
+    assert "XLA_FLAGS is not what it was then" in ended.out and "starting Ray" in ended.out
+    again = call("up", runtime=runtime, more=more)
+    assert again.code == 0 and "starts it anew" in again.out
+
+
+@pytest.mark.thorough
+def test_a_worker_has_the_environment_and_folder_of_its_run(runtime: Path) -> None:
+    up(runtime)
+    process = start(
+        "train",
+        *(*rig.JOB, *SLOW),
+        cwd=runtime.parent,
+        env={**env_of(runtime), "OF_THE_RUN": "1"},
+    )
+    run = rig.wait_for_step(runtime.parent, 8)
+    worker = psutil.Process(rig.worker_pids(run)[0])
+    # /proc shows what a process was started with: the zygote's. Its folder is its own.
+    assert worker.cwd() == str(runtime.parent)
+    rig.interrupt(process)
+    assert finish(process, runtime.parent).code == 130
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_nothing_in_what_is_kept(
+    runtime: Path, number: signal.Signals
+) -> None:
+    state = up(runtime)
+    two = ("strategy=multi_worker", "strategy.num_workers=2", "run_name=ended")
+    process = start("train", *rig.JOB, *SLOW, *two, cwd=runtime.parent, env=env_of(runtime))
+    run = rig.wait_for_step(runtime.parent, 8)
+    refused = call("down", runtime=runtime)
+    assert refused.code == 6 and f"blobs/ended (process {process.pid})" in refused.out
+    workers = rig.worker_pids(run).values()
+    process.send_signal(number)
+    finish(process, runtime.parent)
+    rig.wait_for(lambda: not any(rig.is_alive(pid) for pid in workers), "the workers' end", 10)
+    rig.wait_for(lambda: inside(state) == {"actors": 0, "groups": 0, "free": 0}, "an empty Ray", 10)
+    ended = call("train", *rig.JOB, *QUICK, runtime=runtime)
+    assert ended.code == 0 and "joining Ray" in ended.out, ended.out
+
+
+@pytest.mark.thorough
+def test_a_killed_worker_is_replaced_as_without(runtime: Path) -> None:
+    up(runtime)
+    more = ("checkpoint.every_steps=20", "train.steps=160", "strategy=multi_worker")
+    arguments = (*rig.JOB, *SLOW, *more, "strategy.num_workers=2")
+    process = start("train", *arguments, cwd=runtime.parent, env=env_of(runtime))
+    run = rig.wait_for_step(runtime.parent, 50)
+    os.kill(rig.worker_pids(run)[1], signal.SIGKILL)
+    ended = finish(process, runtime.parent)
+    assert ended.code == 0 and "retry 1 of" in ended.out, ended.out
+    assert len(rig.losses(run)) == 160
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["raylet", "gcs_server", "zygote", "keeper"])
+def test_what_is_killed_is_noticed_said_and_cleared(runtime: Path, name: str) -> None:
+    state = up(runtime)
+    processes = tree(state)
+    struck = state.keeper if name == "keeper" else state.processes[name]
+    os.kill(struck.pid, signal.SIGKILL)
+    begin = time.monotonic()
+    ended = call("train", *rig.JOB, *QUICK, runtime=runtime)
+    assert ended.code == 0, ended.out
+    assert "what `make up` kept has ended" in ended.out and "starting Ray" in ended.out
+    assert name in ended.out
+    print(f"{name} killed: the whole cold run took {time.monotonic() - begin:.1f} s")
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert not Path(state.control).parent.exists()
+    assert call("down", runtime=runtime).out.startswith("nothing is kept here")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_ray_that_is_killed_under_a_run_ends_it_truly(runtime: Path, name: str) -> None:
+    state = up(runtime)
+    process = start("train", *rig.JOB, *SLOW, cwd=runtime.parent, env=env_of(runtime))
+    run = rig.wait_for_step(runtime.parent, 8)
+    workers = rig.worker_pids(run).values()
+    os.kill(state.processes[name].pid, signal.SIGKILL)
+    ended = finish(process, runtime.parent)
+    assert ended.code != 0, ended.out
+    print(ended.out)
+    rig.wait_for(lambda: not any(rig.is_alive(pid) for pid in workers), "the workers' end", 10)
+    rig.wait_for(lambda: rig.database(runtime.parent)[0]["status"] != "RUNNING", "a status", 30)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_down_ends_what_is_half_dead(runtime: Path, number: signal.Signals) -> None:
+    state = up(runtime)
+    processes = tree(state)
+    os.kill(state.keeper.pid, number)
+    ended = call("down", runtime=runtime)
+    assert ended.code == 0 and "ended what was left" in ended.out, ended.out
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert not Path(state.control).parent.exists()
+
+
+@pytest.mark.thorough
+def test_it_ends_by_itself_and_says_so_once(runtime: Path) -> None:
+    state = up(runtime, "idle_s=2")
+    processes = tree(state)
+    assert psutil.wait_procs(processes, timeout=20)[1] == []
+    assert not Path(state.control).parent.exists()
+    told = call("down", runtime=runtime)
+    assert told.code == 0 and "no run has used it for 2 s" in told.out
+    assert "no run" not in call("down", runtime=runtime).out
+
+
+@pytest.mark.thorough
+def test_a_run_that_finds_no_room_starts_its_own(runtime: Path) -> None:
+    state = up(runtime)
+    share = (f"cluster.cpus_per_worker={state.cpus}", "run_name=first")
+    process = start("train", *rig.JOB, *SLOW, *share, cwd=runtime.parent, env=env_of(runtime))
+    rig.wait_for_step(runtime.parent, 8)
+    ended = call("train", *rig.JOB, *QUICK, runtime=runtime)
+    assert ended.code == 0, ended.out
+    assert "blobs/first" in ended.out and "starting Ray" in ended.out
+    rig.interrupt(process)
+    assert finish(process, runtime.parent).code == 130
+
+
+@pytest.mark.thorough
+def test_another_ray_is_neither_joined_nor_ended(runtime: Path, ray_cluster: object) -> None:
+    others = [p for p in psutil.process_iter() if "raylet" in p.name() or "gcs_server" in p.name()]
+    assert others
+    up(runtime)
+    ended = call("train", *rig.JOB, *QUICK, runtime=runtime)
+    assert ended.code == 0, ended.out
+    assert call("down", runtime=runtime).code == 0
+    assert all(other.is_running() for other in others)
+
+
+@pytest.mark.thorough
+def test_twenty_runs_leave_it_as_it_was(runtime: Path) -> None:
+    state = up(runtime)
+    arguments = (*rig.JOB, *QUICK)
+
+    def look() -> dict[str, int]:
+        """Return processes, threads, open files and memory of what stays, in kB."""
+        found = {"processes": len(tree(state))}
+        for name, each in {"keeper": state.keeper, **state.processes}.items():
+            process = psutil.Process(each.pid)
+            found[f"{name} files"] = process.num_fds()
+            found[f"{name} kB"] = process.memory_full_info().uss // 1024
+        found["shm"] = len(list(Path("/dev/shm").iterdir()))
+        found["folder kB"] = (
+            sum(
+                path.stat().st_size
+                for path in Path(state.control).parent.rglob("*")
+                if path.is_file() and not path.is_symlink()
+            )
+            // 1024
+        )
+        return found
+
+    seen = []
+    for number in range(21):
+        ended = call("train", *arguments, runtime=runtime)
+        assert ended.code == 0 and "joining Ray" in ended.out, ended.out
+        rig.wait_for(lambda: len(tree(state)) >= seen[0]["processes"] if seen else True, "refill")
+        seen.append(look())
+        print(number, seen[-1])
+    assert inside(state) == {"actors": 0, "groups": 0, "free": 0}
+    first, last = seen[0], seen[-1]
+    assert last["processes"] <= first["processes"]
+    assert last["shm"] <= first["shm"]
+    for name in first:
+        if name.endswith("files"):
+            assert last[name] <= first[name] + 5, name
