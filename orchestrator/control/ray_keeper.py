@@ -16,8 +16,9 @@ import socket
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.control import kept
 from orchestrator.control.keeper import Keeper
@@ -27,6 +28,9 @@ from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.scratch import scratch_folder
 from orchestrator.errors import OrchestratorError
 from orchestrator.spec.schema import ClusterName
+
+if TYPE_CHECKING:
+    from orchestrator.control.ray_idle import IdleWorkers
 
 # Of Ray's processes that wait to become agents; more workers than these start their own.
 _MOST_IDLE = 4
@@ -54,42 +58,39 @@ def main() -> int:
     return 0
 
 
+@dataclass(slots=True)
+class _Made:
+    """What is kept.
+
+    Attributes:
+        folder: for everything temporary, removed at the end.
+        processes: what must live, by name.
+        idle: Ray's processes that wait to become agents.
+        is_well: whether Ray can be asked to end.
+    """
+
+    folder: Path
+    token: Path
+    zygote: Zygote
+    address: str
+    processes: dict[str, Process]
+    idle: IdleWorkers
+    is_well: bool = True
+
+
 def _keep(order: dict[str, Any], stack: ExitStack) -> None:
-    folder = stack.enter_context(scratch_folder())
-    token = _write_token(folder)
-    apply_ray_settings(ClusterName.local, token)
-    zygote = start_zygote(idle_s=math.inf)
-    stack.callback(zygote.close)
-
-    import ray
-
-    from orchestrator.control.ray_idle import IdleWorkers
-    from orchestrator.control.ray_start import LOOPBACK, start_local
-
-    start_local(order["cpus"], order["gpus"])
-    processes = _processes(zygote)
-    is_well = [True]
-    stack.callback(lambda: ray.shutdown() if is_well[0] else None)
-    (node,) = ray.nodes()
-    idle = IdleWorkers(
-        processes["raylet"].pid,
-        f"{LOOPBACK}:{node['NodeManagerPort']}",
-        min(order["cpus"], _MOST_IDLE),
-    )
-    _await_tensorflow(zygote)
-    idle.await_all()
-
-    control = folder / "control"
+    path, own = Path(order["state"]), Process.of(os.getpid())
+    made = _make(order, stack)
+    control = made.folder / "control"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(control))
     listener.listen(16)
-    path, own = Path(order["state"]), Process.of(os.getpid())
 
     def rest() -> str:
         state = kept.read_state(path)
         if not isinstance(state, kept.Kept) or state.keeper != own:
             return "its state file is gone"
-        idle.refill()
+        made.idle.refill()
         return ""
 
     keeper = Keeper(
@@ -97,17 +98,17 @@ def _keep(order: dict[str, Any], stack: ExitStack) -> None:
         cpus=order["cpus"],
         gpus=order["gpus"],
         idle_s=order["idle_s"],
-        processes=processes,
+        processes=made.processes,
         rest=rest,
     )
     state = kept.Kept(
         keeper=own,
-        processes=processes,
+        processes=made.processes,
         since=time.time(),
         control=str(control),
-        zygote=str(zygote.socket_path),
-        address=ray.get_runtime_context().gcs_address,
-        token=str(token),
+        zygote=str(made.zygote.socket_path),
+        address=made.address,
+        token=str(made.token),
         cpus=order["cpus"],
         gpus=order["gpus"],
         surroundings=order["surroundings"],
@@ -121,11 +122,55 @@ def _keep(order: dict[str, Any], stack: ExitStack) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _take_leave(path, own, why)
         keeper.close()
-        if any(not process.is_alive for process in processes.values()):
-            # Half a Ray is not asked to end: it would be waited for.
-            is_well[0] = False
-            for process in processes.values():
-                process.kill()
+        made.is_well = all(process.is_alive for process in made.processes.values())
+
+
+def _make(order: dict[str, Any], stack: ExitStack) -> _Made:
+    """Start a zygote and Ray at once, and wait until both are warm."""
+    folder = stack.enter_context(scratch_folder())
+    token = _write_token(folder)
+    apply_ray_settings(ClusterName.local, token)
+    num_idle = min(order["cpus"], _MOST_IDLE)
+    # Else one of Ray's processes would wait for each core of the host.
+    os.environ.update(
+        {"RAY_prestart_worker_first_driver": "0", "RAY_num_workers_soft_limit": str(num_idle)}
+    )
+    zygote = start_zygote(idle_s=math.inf)
+    stack.callback(zygote.close)
+
+    import ray
+
+    from orchestrator.control.ray_idle import IdleWorkers
+    from orchestrator.control.ray_start import LOOPBACK, start_local
+
+    start_local(order["cpus"], order["gpus"])
+    processes = _processes(zygote)
+    (node,) = ray.nodes()
+    manager = f"{LOOPBACK}:{node['NodeManagerPort']}"
+    made = _Made(
+        folder=folder,
+        token=token,
+        zygote=zygote,
+        address=ray.get_runtime_context().gcs_address,
+        processes=processes,
+        idle=IdleWorkers(processes["raylet"].pid, manager, num_idle),
+    )
+    stack.callback(_end_ray, made)
+    made.idle.refill()
+    _await_tensorflow(zygote)
+    made.idle.await_all()
+    return made
+
+
+def _end_ray(made: _Made) -> None:
+    """End Ray; half a Ray is not asked, but killed: it would be waited for."""
+    import ray
+
+    if made.is_well:
+        ray.shutdown()
+        return
+    for process in made.processes.values():
+        process.kill()
 
 
 def _take_leave(path: Path, own: Process, why: str) -> None:
