@@ -112,6 +112,8 @@ def hold_for(config: RunConfig, plan: RunPlan) -> tuple[Hold | None, list[str]]:
     gpus = plan.num_workers * plan.devices_per_worker if plan.device_kind == "GPU" else 0
     cpus = plan.num_workers * plan.cpus_per_worker
     hold, text = holding.take_hold(path, cpus, gpus, config.job.name)
+    if hold is not None:
+        text = f"begins with what `make up` keeps (process {hold.kept.keeper.pid})"
     return hold, [text] if text else []
 
 

@@ -16,7 +16,12 @@ import ray
 
 from orchestrator.control.kept import Kept
 from orchestrator.control.launcher import standard_error_in
-from orchestrator.control.ray_start import LOOPBACK, keep_quiet, signal_handlers_kept
+from orchestrator.control.ray_start import (
+    LOOPBACK,
+    keep_quiet,
+    leave_out_serializers,
+    signal_handlers_kept,
+)
 from orchestrator.errors import ClusterError
 from orchestrator.spec.plan import Host
 from orchestrator.spec.schema import ClusterConfig
@@ -80,6 +85,7 @@ def _join(address: str, upload: str | None = None, node_ip: str | None = None) -
             chatter.seek(0)
             raise _why_not_joined(address, error, chatter.read().decode()) from error
     keep_quiet()
+    leave_out_serializers()
 
 
 def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterError:

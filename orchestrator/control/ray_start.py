@@ -49,6 +49,7 @@ def start_local(num_cpus: int, num_gpus: int) -> None:
             _node_ip_address=LOOPBACK,
         )
     keep_quiet()
+    leave_out_serializers()
 
 
 @contextmanager
@@ -194,3 +195,15 @@ def keep_quiet() -> None:
 
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = lambda *_, **__: None
+
+
+def leave_out_serializers() -> None:
+    """Keep Ray from importing pyarrow, pydantic and starlette, so as to send objects of theirs.
+
+    None are sent here, and it takes 0.25 s before the first actor is made. Ray 2.60 does it in
+    `util/serialization_addons.py`; another Ray, without the name, imports them.
+    """
+    from ray.util import serialization_addons
+
+    if hasattr(serialization_addons, "apply"):
+        serialization_addons.apply = lambda *_: None

@@ -106,7 +106,7 @@ def test_runs_begin_with_what_is_kept_and_see_changed_code(tmp_path: Path, runti
 
     first = call("train", *job, runtime=runtime)
     assert first.code == 0, first.out
-    assert "joining Ray" in first.out and "starting Ray" not in first.out
+    assert "begins with what `make up` keeps" in first.out and "starting Ray" not in first.out
     code = next(mine.rglob("blobs.py"))
     text = code.read_text()
     marked = text.replace(
@@ -116,7 +116,7 @@ def test_runs_begin_with_what_is_kept_and_see_changed_code(tmp_path: Path, runti
     code.write_text(marked)
     second = call("train", *job, runtime=runtime)
     assert second.code == 0, second.out
-    assert "joining Ray" in second.out and "changed" in second.out
+    assert "begins with what" in second.out and "changed" in second.out
     assert "changed" not in first.out
     token = Path(state.token).read_text()
     assert token not in first.out + second.out
@@ -174,7 +174,7 @@ def test_a_run_that_is_ended_leaves_nothing_in_what_is_kept(
     rig.wait_for(lambda: not any(rig.is_alive(pid) for pid in workers), "the workers' end", 10)
     rig.wait_for(lambda: inside(state) == {"actors": 0, "groups": 0, "free": 0}, "an empty Ray", 10)
     ended = call("train", *rig.JOB, *QUICK, runtime=runtime)
-    assert ended.code == 0 and "joining Ray" in ended.out, ended.out
+    assert ended.code == 0 and "begins with what" in ended.out, ended.out
 
 
 @pytest.mark.thorough
@@ -296,7 +296,7 @@ def test_twenty_runs_leave_it_as_it_was(runtime: Path) -> None:
     seen = []
     for number in range(21):
         ended = call("train", *arguments, runtime=runtime)
-        assert ended.code == 0 and "joining Ray" in ended.out, ended.out
+        assert ended.code == 0 and "begins with what" in ended.out, ended.out
         rig.wait_for(lambda: len(tree(state)) >= seen[0]["processes"] if seen else True, "refill")
         seen.append(look())
         print(number, seen[-1])
