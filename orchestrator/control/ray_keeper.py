@@ -15,10 +15,12 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from orchestrator.control import kept
 from orchestrator.control.keeper import Keeper
@@ -205,6 +207,12 @@ def _processes(zygote: Zygote) -> dict[str, Process]:
     for name, infos in worker._global_node.all_processes.items():
         for info in infos:
             found[name] = Process.of(info.process.pid)
+    # Its agents take seconds to notice that a raylet was killed; it ends when one of them does.
+    for child in psutil.Process(found["raylet"].pid).children():
+        with suppress(psutil.Error, IndexError):
+            title = child.cmdline()[0]
+            if title.startswith("ray::") and title.endswith("Agent"):
+                found[title.removeprefix("ray::")] = Process.of(child.pid)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from tests.cluster import rig
 from tests.cluster.rig import Ended, finish, start
 
 QUICK = ("export.enabled=false", "data.num_eval_examples=0", "train.steps=20")
-SLOW = (*QUICK, "job.args.delay_ms=20", "train.max_block_steps=4", "train.steps=4000")
+SLOW = (*QUICK, "job.args.delay_ms=20", "train.max_block_steps=4", "train.steps=100000")
 _STATE = """
 import json, sys, ray
 from ray._private import state
@@ -61,8 +62,10 @@ def kept_in(runtime: Path) -> Kept:
 
 
 def call(verb: str, *arguments: str, runtime: Path, more: Mapping[str, str] | None = None) -> Ended:
+    """Run a command to its end; what it says comes in one line."""
     cwd = runtime.parent
-    return finish(start(verb, *arguments, cwd=cwd, env={**env_of(runtime), **(more or {})}), cwd)
+    ended = finish(start(verb, *arguments, cwd=cwd, env={**env_of(runtime), **(more or {})}), cwd)
+    return dataclasses.replace(ended, out=" ".join(ended.out.split()))
 
 
 def up(runtime: Path, *arguments: str) -> Kept:
@@ -102,7 +105,7 @@ def test_runs_begin_with_what_is_kept_and_see_changed_code(tmp_path: Path, runti
     job = ("job=blobs", f"--config-dir={mine}", *QUICK)
     state = up(runtime)
     processes = tree(state)
-    assert "starts it anew" not in call("up", runtime=runtime).out
+    assert "start it anew" not in call("up", runtime=runtime).out
 
     first = call("train", *job, runtime=runtime)
     assert first.code == 0, first.out
@@ -137,7 +140,7 @@ def test_what_has_another_environment_starts_its_own_and_says_why(runtime: Path)
     assert ended.code == 0, ended.out
     assert "XLA_FLAGS is not what it was then" in ended.out and "starting Ray" in ended.out
     again = call("up", runtime=runtime, more=more)
-    assert again.code == 0 and "starts it anew" in again.out
+    assert again.code == 0 and "start it anew" in again.out
 
 
 @pytest.mark.thorough
