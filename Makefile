@@ -23,7 +23,7 @@ job = $(if $(conf),job=$(call quote,$(conf)))
 stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
     [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
 
-.PHONY: help setup train plan config verify chaos sweep ui submit runs test bench lint types lock clean FORCE
+.PHONY: help setup train up down plan config verify chaos sweep ui submit runs test bench lint types lock clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## Print these lines
@@ -34,6 +34,12 @@ setup: .venv/.stamp-$(device) ## Prepare .venv (device=cpu|gpu); the others do s
 
 train: .venv/.stamp-$(device) ## Train a job: conf=mnist args="strategy.num_workers=2"
 	$(orchestrator) train $(job) $(args)
+
+up: .venv/.stamp-$(device) ## Keep a local Ray and TensorFlow at hand: train then begins in a breath
+	$(orchestrator) up $(args)
+
+down: .venv/.stamp-$(device) ## End what `make up` keeps
+	$(orchestrator) down
 
 plan: .venv/.stamp-$(device) ## Print what a training would do: conf=mnist
 	$(orchestrator) plan $(job) $(args)

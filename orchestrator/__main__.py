@@ -25,6 +25,8 @@ _VERBS = {
     "runs": "runs list; runs status|logs|stop RUN; runs compare RUN RUN; runs sync RUN",
     "weights": "turn a checkpoint into Keras's weights and back: weights RUN to=FILE.weights.h5",
     "ui": "open the MLflow UI",
+    "up": "keep a local Ray and TensorFlow at hand: train then begins in a breath; up idle_s=3600",
+    "down": "end what up keeps",
 }
 _MEANING = {
     ExitCode.DIFFERENCE: "a difference was found",
@@ -93,6 +95,8 @@ def _run(verb: str, rest: list[str]) -> int:
         "runs": _runs,
         "weights": _weights,
         "ui": _ui,
+        "up": _up,
+        "down": _down,
     }
     if verb not in verbs:
         close = difflib.get_close_matches(verb, verbs, n=1)
@@ -241,6 +245,20 @@ def _ui(overrides: list[str], config_dir: Path | None) -> int:
         port,
         known["experiment"] or None,
     )
+
+
+def _up(overrides: list[str], config_dir: Path | None) -> int:
+    from orchestrator.keeping import up
+
+    return int(up(overrides))
+
+
+def _down(overrides: list[str], config_dir: Path | None) -> int:
+    from orchestrator.keeping import down
+
+    if overrides:
+        raise ConfigError(f"down: {overrides[0]}: it takes no arguments")
+    return int(down())
 
 
 def _help() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from orchestrator import chaos_host_faults
 from orchestrator.chaos_delays import delays, longest
 from orchestrator.chaos_scene import Ends, Fault, NotRun, Scene
-from orchestrator.chaos_watch import Process
+from orchestrator.control.processes import Process
 from orchestrator.spec.chaos import FaultName
 from orchestrator.track.journal import read
 from orchestrator.train import store

@@ -10,7 +10,8 @@ from enum import Enum
 
 from orchestrator.chaos_command import Command, Server
 from orchestrator.chaos_hosts import Hosts
-from orchestrator.chaos_watch import Process, Watch
+from orchestrator.chaos_watch import Watch
+from orchestrator.control.processes import Process
 from orchestrator.spec.chaos import FaultName
 from orchestrator.spec.paths import RunPaths
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.chaos_scene import Ends, Fault, NotRun, Scene
-from orchestrator.chaos_watch import Process
+from orchestrator.control.processes import Process
 
 # A first checkpoint, or a first step of a new attempt, may take as long as a start.
 _SETTLE_S = 180.0

@@ -88,31 +88,3 @@ class Watch:
             self.is_stepping = True
         elif kind == "Saved":
             self.saved = max(self.saved, record["step"])
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """A process, told from another that gets its number later by the time it was started."""
-
-    pid: int
-    started: str
-
-    @staticmethod
-    def of(pid: int) -> Process:
-        """Return the process that has a number."""
-        return Process(pid, _stat(pid)[1])
-
-    @property
-    def is_alive(self) -> bool:
-        """Tell whether it runs or is stopped; a zombie does neither."""
-        state, started = _stat(self.pid)
-        return state not in ("", "Z", "X") and started == self.started
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """Return state and start time of a process; both empty if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]  # fields 3 and 22 of proc(5)

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from orchestrator.asking import listening
 from orchestrator.comparison import run_folder
 from orchestrator.control.group import WorkerGroup
+from orchestrator.control.holding import Hold
 from orchestrator.control.inline_group import InlineGroup
 from orchestrator.control.launcher import TENSORFLOW_ENV, Zygote, standard_error_in, start_zygote
 from orchestrator.control.preflight import run_checks
@@ -23,6 +23,7 @@ from orchestrator.control.scratch import scratch_folder
 from orchestrator.errors import ExitCode, OrchestratorError, StorageError
 from orchestrator.guardian import guarded
 from orchestrator.job_code import job_sources, keep_code
+from orchestrator.keeping import hold_for
 from orchestrator.lease import Lease
 from orchestrator.provenance import keep_changes
 from orchestrator.runs import (
@@ -41,7 +42,7 @@ from orchestrator.spec.describe import describe, headline
 from orchestrator.spec.environment import inspect_environment
 from orchestrator.spec.host import local_host
 from orchestrator.spec.paths import RunPaths
-from orchestrator.spec.plan import RunPlan, make_plan
+from orchestrator.spec.plan import Host, RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.secrets import mask_overrides
 from orchestrator.track.journal import read
@@ -104,12 +105,8 @@ def _train(
         if config.train.max_time_s is not None:
             stops.limit(config.train.max_time_s - (time.monotonic() - start))
         notices = [*clean_environment(config), *notices]
-        apply_ray_settings(config.cluster.name)
-        if config.cluster.name is not ClusterName.existing:
-            stack.enter_context(scratch_folder())
-        zygote = _start_zygote(config, stack)
-        is_joining = config.cluster.name is ClusterName.existing
-        host = _join_cluster(config) if is_joining else local_host()
+        hold, host = _settle(config, cwd, stack, notices)
+        zygote = _start_zygote(config, stack) if hold is None else None
         make_plan(config, run="checked", host=host, cwd=cwd)  # refused before there is a folder
         # A checkpoint of the run itself goes before the weights it once began with.
         is_resumable = past is not None and store.list_checkpoints(past.paths.checkpoints_dir)
@@ -139,7 +136,9 @@ def _train(
             screen.notice(notice)
         _write_plan(plan, overrides)
         stack.enter_context(guarded(plan.paths, plan.tracking_uri, plan.artifact_root))
-        group = _make_group(config, zygote, screen)
+        if hold is not None:
+            hold.name(f"{config.job.name}/{plan.run}")
+        group = _make_group(config, zygote, hold, screen)
         stack.callback(group.close)
         return Training(plan, replan, past, overrides, group, screen, stops, start).run()
 
@@ -216,13 +215,33 @@ def _start_zygote(config: RunConfig, stack: ExitStack) -> Zygote | None:
     return zygote
 
 
-def _join_cluster(config: RunConfig) -> Any:
+def _join_cluster(config: RunConfig) -> Host:
     from orchestrator.control.ray_join import join
 
     return join(config.cluster)
 
 
-def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> WorkerGroup:
+def _settle(
+    config: RunConfig, cwd: Path, stack: ExitStack, notices: list[str]
+) -> tuple[Hold | None, Host]:
+    """Come to the cluster as far as plans need it: what is kept here, and what a node offers."""
+    if config.cluster.name is ClusterName.existing:
+        apply_ray_settings(config.cluster.name)
+        return None, _join_cluster(config)
+    host = local_host()
+    hold, told = hold_for(config, make_plan(config, run="checked", host=host, cwd=cwd))
+    notices += told
+    apply_ray_settings(config.cluster.name, Path(hold.kept.token) if hold is not None else None)
+    scratch = stack.enter_context(scratch_folder())
+    if hold is not None:
+        stack.callback(hold.close)
+        hold.write_surroundings(scratch / "surroundings.json")
+    return hold, host
+
+
+def _make_group(
+    config: RunConfig, zygote: Zygote | None, hold: Hold | None, screen: Screen
+) -> WorkerGroup:
     if config.cluster.name is ClusterName.inline:
         # This process becomes the worker's; TensorFlow reads these when it is imported.
         os.environ.update(TENSORFLOW_ENV)
@@ -237,7 +256,9 @@ def _make_group(config: RunConfig, zygote: Zygote | None, screen: Screen) -> Wor
         return InlineGroup(run)
     from orchestrator.control.ray_group import RayGroup
 
-    return RayGroup(config.cluster, zygote=zygote, timed=screen.timed, notice=screen.notice)
+    return RayGroup(
+        config.cluster, zygote=zygote, hold=hold, timed=screen.timed, notice=screen.notice
+    )
 
 
 def _write_plan(plan: RunPlan, overrides: list[str]) -> None:

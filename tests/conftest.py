@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +130,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_sessionstart() -> None:
     os.environ[SESSION_VARIABLE] = _session_id
+    # What the developer's own `make up` keeps is not for tests.
+    os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="orch-tests-")
     # By default both end Python at once, and the processes of session fixtures would live on.
     signal.signal(signal.SIGTERM, _end_session)
     signal.signal(signal.SIGHUP, _end_session)
@@ -150,6 +154,7 @@ def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 @pytest.hookimpl(trylast=True)  # after the teardown of session fixtures, which runs in this hook
 def pytest_sessionfinish(session: pytest.Session) -> None:
     leftovers.extend(kill_leftovers())
+    shutil.rmtree(os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)
     if unexpected_skips() and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

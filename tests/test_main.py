@@ -11,7 +11,19 @@ import pytest
 from orchestrator.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("train", "plan", "config", "verify", "chaos", "sweep", "submit", "runs", "ui")
+VERBS = (
+    "train",
+    "plan",
+    "config",
+    "verify",
+    "chaos",
+    "sweep",
+    "submit",
+    "runs",
+    "ui",
+    "up",
+    "down",
+)
 REFUSED = "exit code 2: configuration or plan refused"
 
 
@@ -49,6 +61,16 @@ def test_a_command_explains_itself_without_running(
     assert main([verb, "job=mnist", option]) == 0
     assert capsys.readouterr().out.startswith(f"{verb}: ")
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("argument", ["idle_s=0", "idle_s=nan", "idle_s=two", "job=mnist"])
+def test_up_takes_a_limit_of_idleness(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(capsys, "up", argument)
+    assert text.startswith(f"up: {argument}: ") and "idle_s=SECONDS" in text
+
+
+def test_down_takes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "down", "now=true") == "down: now=true: it takes no arguments"
 
 
 def test_an_unknown_command_is_told_with_the_nearest_and_all(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import platform
 import secrets
@@ -45,6 +47,7 @@ class Agent:
         zygote: str | None,
         use_fork: bool,
         driver_silence_s: float,
+        surroundings: str | None = None,
     ):
         """Begin without a process.
 
@@ -54,6 +57,8 @@ class Agent:
             zygote: socket of a zygote that exists already, or None to find or start one.
             use_fork: False starts every process afresh.
             driver_silence_s: the process is killed when the driver has not asked for so long.
+            surroundings: JSON file with the `cwd` and the `environment` (null unsets) of the
+                processes; None for those that agent and zygote have, which are the driver's then.
         """
         self._worker = worker
         self._run = run
@@ -61,6 +66,11 @@ class Agent:
         self._has_node_zygote = zygote is None
         self._use_fork = use_fork
         self._driver_silence_s = driver_silence_s
+        self._environment: dict[str, str | None] = {}
+        if surroundings is not None:
+            told = json.loads(Path(surroundings).read_text())
+            os.chdir(told["cwd"])
+            self._environment = told["environment"]
         self._reserved: socket.socket | None = None
         self._process: WorkerProcess | None = None
         self._sampler: Sampler | None = None
@@ -231,6 +241,8 @@ class Agent:
             self._inbox = [told for told in self._inbox if told.attempt == NO_ATTEMPT]
 
     def _launch(self, launch: Launch, fds: tuple[int, ...]) -> Child:
+        if self._environment:
+            launch = dataclasses.replace(launch, env={**self._environment, **launch.env})
         if self._use_fork:
             assert self._zygote is not None
             return launcher.fork(Path(self._zygote), launch, fds)

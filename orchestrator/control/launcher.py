@@ -118,6 +118,11 @@ class Zygote:
         self._process = process
         self._owner_fd: int | None = owner_fd
 
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the zygote and its children; again does nothing."""
         if self._owner_fd is None:

@@ -5,12 +5,12 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.control.launcher import Zygote
 from orchestrator.control.ray_agent import RayAgent
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterConfig
@@ -19,15 +19,18 @@ from orchestrator.spec.schema import ClusterConfig
 class Agents:
     """Makes agents, all alike but for their place."""
 
-    def __init__(self, config: ClusterConfig, zygote: Zygote | None):
+    def __init__(self, config: ClusterConfig, zygote: Path | None, surroundings: Path | None):
         """Make none yet.
 
         Args:
             config: how to reach Ray.
-            zygote: of this node, for a local cluster; elsewhere agents find or start their own.
+            zygote: socket of this node's, for a local cluster; elsewhere agents find or start one.
+            surroundings: file with folder and environment for processes, where neither agent nor
+                zygote has those of the driver.
         """
         self._config = config
         self._zygote = zygote
+        self._surroundings = surroundings
         self._warming: dict[str, tuple[Any, Any]] = {}
 
     def make(self, plan: RunPlan, worker: int, **options: Any) -> Any:
@@ -38,9 +41,10 @@ class Agents:
             .remote(
                 worker,
                 plan.run,
-                zygote=str(self._zygote.socket_path) if self._zygote is not None else None,
+                zygote=str(self._zygote) if self._zygote is not None else None,
                 use_fork=self._config.fork,
                 driver_silence_s=self._config.driver_silence_s,
+                surroundings=str(self._surroundings) if self._surroundings is not None else None,
             )
         )
 

@@ -16,18 +16,20 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.control.agent import Agent
+from orchestrator.control.holding import Hold
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.policy import Room
 from orchestrator.control.ray_agents import Agents
 from orchestrator.control.ray_answers import answers
 from orchestrator.control.ray_checks import check_nodes, clock_warning
 from orchestrator.control.ray_errors import why_lost
-from orchestrator.control.ray_join import LOOPBACK, join, start_local
+from orchestrator.control.ray_join import join, join_kept
 from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat
 from orchestrator.control.ray_nodes import bundle_of
 from orchestrator.control.ray_orders import order_worker
 from orchestrator.control.ray_places import Places
 from orchestrator.control.ray_samplers import Samplers
+from orchestrator.control.ray_start import LOOPBACK, start_local
 from orchestrator.errors import ExportError, StartFailed
 from orchestrator.spec.messages import (
     NO_ATTEMPT,
@@ -63,6 +65,7 @@ class RayGroup:
         config: ClusterConfig,
         *,
         zygote: Zygote | None = None,
+        hold: Hold | None = None,
         timed: Timed = lambda _: nullcontext(),
         notice: Callable[[str], None] = lambda _: None,
     ):
@@ -71,11 +74,16 @@ class RayGroup:
         Args:
             config: how to reach Ray.
             zygote: of this node, for a local cluster; it outlives the group.
+            hold: on a Ray and a zygote that are kept, for a local cluster.
             timed: shows a phase while a block runs.
             notice: shown to the user.
         """
         self._config = config
-        self._agents = Agents(config, zygote)
+        self._kept = hold.kept if hold is not None else None
+        if hold is not None:
+            self._agents = Agents(config, Path(hold.kept.zygote), hold.surroundings)
+        else:
+            self._agents = Agents(config, zygote.socket_path if zygote is not None else None, None)
         self._timed = timed
         self._attempt = 0
         self._plan: RunPlan | None = None
@@ -102,7 +110,8 @@ class RayGroup:
         """
         self._plan, self._attempt = plan, attempt
         if not ray.is_initialized():
-            with self._timed("starting Ray" if self._is_local else "joining Ray"):
+            starts = self._is_local and self._kept is None
+            with self._timed("starting Ray" if starts else "joining Ray"):
                 self._initialise(plan)
         if self._listener is None:
             self._listener = Listener(self._config.agent_silence_s)
@@ -238,8 +247,13 @@ class RayGroup:
         return [self._seats[worker] for worker in sorted(self._seats)]
 
     def _initialise(self, plan: RunPlan) -> None:
-        if self._is_local:
-            start_local(plan)
+        if self._kept is not None:
+            join_kept(self._kept)
+        elif self._is_local:
+            bundle = bundle_of(plan)
+            start_local(
+                int(plan.num_workers * bundle["CPU"]), int(plan.num_workers * bundle.get("GPU", 0))
+            )
         else:
             join(self._config)
 

@@ -33,13 +33,20 @@ def inspect_environment(
     Returns:
         What to tell the user, and the changes to the environment; None unsets a variable.
     """
+    return inspect_for(environ, config.cluster.name)
+
+
+def inspect_for(
+    environ: Mapping[str, str], cluster: ClusterName
+) -> tuple[list[str], dict[str, str | None]]:
+    """Find what would hijack any run on a kind of cluster; see `inspect_environment`."""
     notices: list[str] = []
     changes: dict[str, str | None] = {}
     for name, reason in _OVERRULED.items():
         if environ.get(name):
             notices.append(f"{name} is set and not honoured: {reason}")
             changes[name] = None
-    if environ.get("RAY_ADDRESS") and config.cluster.name is ClusterName.local:
+    if environ.get("RAY_ADDRESS") and cluster is ClusterName.local:
         notices.append(
             f"RAY_ADDRESS={mask_text(environ['RAY_ADDRESS'])} is set and not honoured: "
             "cluster=local starts its own Ray; join that one with cluster=existing"
