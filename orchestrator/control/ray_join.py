@@ -32,9 +32,9 @@ _REGISTRATION_TIMEOUT_S = 30.0
 _LOOK_INTERVAL_S = 0.02
 _UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
 _HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
-_PROJECT_DIR = str(Path(__file__).resolve().parents[2])
+PROJECT_DIR = str(Path(__file__).resolve().parents[2])
 # What an upload to other nodes leaves behind.
-_NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
+NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
 
 
 def start_local(plan: RunPlan) -> None:
@@ -77,14 +77,20 @@ def join(config: ClusterConfig) -> Host:
     if others and "RAY_JOB_ID" not in os.environ and not _has_upload():
         # Other nodes do not see this checkout; a submitted job has brought its own upload.
         ray.shutdown()
-        _join(config.address or "auto", upload=_PROJECT_DIR)
+        _join(config.address or "auto", upload=PROJECT_DIR)
     cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
     gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
     return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(gpus, default=0))
 
 
+def leave() -> None:
+    """Leave the cluster; it goes on."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
 def _join(address: str, upload: str | None = None) -> None:
-    environment = {"working_dir": upload, "excludes": _NOT_UPLOADED} if upload else None
+    environment = {"working_dir": upload, "excludes": NOT_UPLOADED} if upload else None
     with tempfile.TemporaryFile() as chatter:
         try:
             with _signal_handlers_kept(), standard_error_in(chatter):

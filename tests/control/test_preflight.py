@@ -19,6 +19,15 @@ ON_A_CLUSTER = {"cluster__name": ClusterName.existing}
 TWO_WORKERS = {"strategy__name": StrategyName.multi_worker, "strategy__num_workers": 2}
 
 
+@pytest.fixture(autouse=True)
+def nobodys_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no token that somebody's Ray has left on this machine be found."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def plan_with_folder(folder: Path, **changes: Any) -> RunPlan:
     plan = tiny_plan(folder, **changes)
     plan.paths.root.mkdir(parents=True)
