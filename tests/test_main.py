@@ -11,7 +11,7 @@ import pytest
 from orchestrator.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("train", "plan", "config", "verify", "chaos", "submit", "runs", "ui")
+VERBS = ("train", "plan", "doctor", "config", "verify", "chaos", "submit", "runs", "ui")
 REFUSED = "exit code 2: configuration or plan refused"
 
 

@@ -96,7 +96,8 @@ class RaySurvey:
 
     def _get(self, refs: Mapping[str, Any], limit_s: float = _ANSWER_S) -> dict[str, Any]:
         """Return what the scouts answer; what one raises or does not say is an exception."""
-        ray.wait(list(refs.values()), num_returns=len(refs), timeout=limit_s)
+        if refs:
+            ray.wait(list(refs.values()), num_returns=len(refs), timeout=limit_s)
         found: dict[str, Any] = {}
         for node, ref in refs.items():
             try:
@@ -109,7 +110,7 @@ class RaySurvey:
 
     def _drop(self, refs: Mapping[str, Any]) -> None:
         """Go on without the nodes that do not answer."""
-        for node, answer in (self._get(refs) if refs else {}).items():
+        for node, answer in self._get(refs).items():
             if isinstance(answer, Exception):
                 self._silent[host_name(self._nodes[node])] = str(answer)
                 ray.kill(self._scouts.pop(node))
@@ -191,8 +192,7 @@ class RaySurvey:
                 for source, target in pairs
                 if not isinstance(echoes[target], Exception)
             }
-            answers = self._get(refs) if refs else {}
-            found += [link for link in answers.values() if isinstance(link, Link)]
+            found += [link for link in self._get(refs).values() if isinstance(link, Link)]
         self._get(self._ask("close_echo"))
         return tuple(found)
 

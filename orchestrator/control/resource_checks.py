@@ -62,12 +62,14 @@ def placement(survey: Survey) -> Iterator[str | Finding]:
 def data(survey: Survey) -> Iterator[str | Finding]:
     """Refuse data that a node cannot read, or that is other data there."""
     digests: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for node, rehearsal in zip(survey.nodes, survey.rehearsals, strict=False):
+    # Where no cluster was reached, this host alone was looked at.
+    hosts = [node.where for node in survey.nodes] or [survey.own.host]
+    for host, rehearsal in zip(hosts, survey.rehearsals, strict=False):
         for split in rehearsal.splits:
-            digests[split.split][split.digest].append(node.where)
+            digests[split.split][split.digest].append(host)
         if rehearsal.error and not rehearsal.splits:
             yield Finding(
-                f"{node.where}: {_said(rehearsal.error, rehearsal.user_frame)}",
+                f"{host}: {_said(rehearsal.error, rehearsal.user_frame)}",
                 "its workers would fail before the first step",
                 "mend what it says; data.path or data.cache_dir must lead to the data there",
                 JobError,
