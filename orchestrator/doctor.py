@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,14 @@ from orchestrator.control.node_checks import NODE_CHECKS
 from orchestrator.control.node_facts import look
 from orchestrator.control.preflight import CHECKS, Finding
 from orchestrator.control.ray_settings import apply_ray_settings
-from orchestrator.control.rehearsal import rehearse
+from orchestrator.control.rehearsal import RehearsalProcess
 from orchestrator.control.resource_checks import RESOURCE_CHECKS
 from orchestrator.control.survey import Survey
 from orchestrator.doctor_report import Report
 from orchestrator.driver import clean_environment
 from orchestrator.duration import expected_duration
 from orchestrator.errors import ClusterError, ConfigError, ExitCode, StorageError
+from orchestrator.signals import Stops
 from orchestrator.spec.config import flatten, load_config
 from orchestrator.spec.describe import headline
 from orchestrator.spec.host import local_host
@@ -57,6 +59,15 @@ def doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode
     Raises:
         OrchestratorError: configuration or plan are refused before there is anything to check.
     """
+    with Stops() as stops:
+        try:
+            return _doctor(overrides, config_dir, cwd)
+        except KeyboardInterrupt:
+            print("ended before all was looked at", file=sys.stderr)
+            return stops.exit_code
+
+
+def _doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
     start = time.monotonic()
     config = load_config(overrides, config_dir)
     if config.resume is not None:
@@ -72,11 +83,15 @@ def doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode
         tracking = pool.submit(_tracking, plan)
         print(f"doctor {config.job.name}: {headline(plan)[1]}", flush=True)
         missing = stack.enter_context(_run_folder(plan.paths.root))
-        surveying = pool.submit(_survey, plan, unreached is None)
+        is_reached = config.cluster.name is ClusterName.existing and unreached is None
+        alone = None if is_reached else RehearsalProcess(plan, with_model=True)
+        if alone is not None:
+            stack.callback(alone.close)
+        surveying = pool.submit(_survey, plan, alone)
         report.row("environment", map(_from_environment, environment))
         _cheap(report, plan, missing)
         report.row("duration", [expected_duration(plan, flatten(config))])
-        report.row("upload", _upload(config, is_joined=unreached is None))
+        report.row("upload", _upload(config, is_reached=is_reached))
         report.row("tracking", [mask_text(plan.tracking_uri), tracking.result()])
         if config.cluster.name is ClusterName.existing:
             report.row("cluster", [f"Ray at {config.cluster.address}", unreached])
@@ -141,15 +156,20 @@ def _cheap(report: Report, plan: RunPlan, missing: Finding | None) -> None:
             report.row(check.name, [missing])
 
 
-def _survey(plan: RunPlan, is_joined: bool) -> Survey:
-    """Look at the nodes, and at the job on them."""
+def _survey(plan: RunPlan, alone: RehearsalProcess | None) -> Survey:
+    """Look at the nodes, and at the job on them.
+
+    Args:
+        plan: of the run.
+        alone: the rehearsal on this host, where no cluster is asked for, or none was reached.
+    """
     is_existing = plan.config.cluster.name is ClusterName.existing
     first, last = map(int, plan.config.cluster.port_range.split("-"))
     own = look(plan.paths.root, None if is_existing else (first, last), ip=_LOOPBACK)
-    if not (is_existing and is_joined):
-        alone = rehearse(plan, with_model=True, limit_s=_REHEARSAL_S)
+    if alone is not None:
+        rehearsal = alone.result(_REHEARSAL_S)
         nodes = () if is_existing else (own,)
-        return Survey(plan=plan, own=own, nodes=nodes, rehearsals=(alone,))
+        return Survey(plan=plan, own=own, nodes=nodes, rehearsals=(rehearsal,))
     from orchestrator.control.ray_survey import RaySurvey
 
     scouts = RaySurvey(plan, own)
@@ -178,11 +198,11 @@ def _tracking(plan: RunPlan) -> Finding | str | None:
     )
 
 
-def _upload(config: RunConfig, *, is_joined: bool) -> list[str | Finding]:
+def _upload(config: RunConfig, *, is_reached: bool) -> list[str | Finding]:
     """Tell what goes to the nodes of a cluster."""
     if config.cluster.name is not ClusterName.existing:
         return ["nothing: workers run here"]
-    if not is_joined:
+    if not is_reached:
         return ["unknown: no cluster was reached"]
     from orchestrator.control.ray_upload import uploaded
 

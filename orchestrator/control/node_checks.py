@@ -122,7 +122,7 @@ def ports(survey: Survey) -> Iterator[str | Finding]:
                 "set cluster.port_range to a range in which nothing listens",
                 ClusterError,
             )
-        elif node.taken_ports:
+        elif not all(port.is_closing for port in node.taken_ports):
             yield Finding(
                 f"{node.where}: of cluster.port_range={span} are taken {shown}",
                 f"{free} are left, workers pass over the others",

@@ -41,10 +41,11 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A TCP port that a process listens on."""
+    """A TCP port that is in use: a process listens on it, or a connection is still closing."""
 
     number: int
     process: str
+    is_closing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +187,12 @@ def taken_ports(
             try:
                 probe.bind(("", number))
             except OSError as error:
-                name = who.get(number, "a process that is not seen from here")
                 if error.errno != errno.EADDRINUSE:
-                    name = f"nobody, but {os.strerror(error.errno or 0)}"
-                taken.append(Port(number, name))
+                    taken.append(Port(number, f"nobody, but {os.strerror(error.errno or 0)}"))
+                elif number in who:
+                    taken.append(Port(number, who[number]))
+                else:
+                    taken.append(Port(number, "a connection that closes", is_closing=True))
     return tuple(taken)
 
 

@@ -19,35 +19,61 @@ _SHOWN_LINES = 3
 _UNSET = ("TF_CONFIG", "TF_USE_LEGACY_KERAS")
 
 
-def rehearse(plan: RunPlan, *, with_model: bool, limit_s: float) -> Rehearsal:
-    """Load a job's data on this host, and build and trace its model if that is wanted.
+class RehearsalProcess:
+    """A process that loads a job's data, and builds and traces its model if that is wanted.
 
-    The process sees no GPU: it looks at sizes only, and takes nothing from a run that has them.
-
-    Args:
-        plan: of the run.
-        with_model: False loads the data only.
-        limit_s: how long it may take; then it is ended, and that is its error.
+    It sees no GPU: it looks at sizes only, and takes nothing from a run that has them.
     """
+
+    def __init__(self, plan: RunPlan, *, with_model: bool):
+        """Start it.
+
+        Args:
+            plan: of the run.
+            with_model: False loads the data only.
+        """
+        self._order = pickle.dumps((plan, with_model))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.train.rehearsal"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(plan),
+        )
+
+    def result(self, limit_s: float) -> Rehearsal:
+        """Wait for what it found; one that takes longer is ended, and that is its error."""
+        try:
+            told, said = self._process.communicate(self._order, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return Rehearsal(error=f"it was not done within {limit_s:g} s")
+        try:
+            return Rehearsal.from_plain(json.loads(told))
+        except ValueError:
+            lines = said.decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
+            words = "; ".join(lines) or "it said nothing"
+            status = self._process.returncode
+            return Rehearsal(error=f"its process ended with status {status}: {words}")
+
+    def close(self) -> None:
+        """End it, if it has not ended by itself."""
+        self._process.kill()
+        self._process.wait()
+
+
+def rehearse(plan: RunPlan, *, with_model: bool, limit_s: float) -> Rehearsal:
+    """Start a rehearsal on this host, and wait for what it finds."""
+    process = RehearsalProcess(plan, with_model=with_model)
+    try:
+        return process.result(limit_s)
+    finally:
+        process.close()
+
+
+def _environment(plan: RunPlan) -> dict[str, str]:
     inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     paths = dict.fromkeys([*plan.config.code_dirs, _PROJECT_DIR, *inherited, *sys.path[1:]])
     env = {name: value for name, value in os.environ.items() if name not in _UNSET}
     env |= {**TENSORFLOW_ENV, "CUDA_VISIBLE_DEVICES": "-1"}
-    env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.train.rehearsal"],
-            input=pickle.dumps((plan, with_model)),
-            capture_output=True,
-            env=env,
-            timeout=limit_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Rehearsal(error=f"it was not done within {limit_s:g} s")
-    try:
-        return Rehearsal.from_plain(json.loads(done.stdout))
-    except ValueError:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
-        said = "; ".join(lines) or "it said nothing"
-        return Rehearsal(error=f"its process ended with status {done.returncode}: {said}")
+    return env | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

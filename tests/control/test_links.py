@@ -70,3 +70,16 @@ def test_a_taken_port_is_told_with_the_process_that_has_it(held: int) -> None:
     (taken,) = taken_ports(held, held)
     assert taken.number == held
     assert "(pid " in taken.process
+
+
+def test_a_port_whose_last_connection_still_closes_is_told_as_that() -> None:
+    with socket.socket() as server:
+        server.bind((LOOPBACK, 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with socket.create_connection((LOOPBACK, port)) as client:
+            accepted, _ = server.accept()
+            accepted.close()  # who closes first waits
+            assert client.recv(1) == b""
+    (taken,) = taken_ports(port, port)
+    assert taken.is_closing

@@ -138,6 +138,12 @@ def test_a_port_that_is_taken_where_others_are_free_is_only_said(tmp_path: Path)
     assert "20007 by nginx (pid 7)" in found.seen and "999 are left" in found.why
 
 
+def test_ports_whose_connections_still_close_are_no_alarm(tmp_path: Path) -> None:
+    closing = (Port(20007, "a connection that closes", is_closing=True),)
+    nodes = (node(1), node(2, taken_ports=closing))
+    assert findings(ports, survey(tmp_path, *nodes)) == []
+
+
 def test_a_way_that_is_closed_is_told_with_both_ends_and_the_ports(tmp_path: Path) -> None:
     ways = (Link(0, 1, 0.001, 1e9), Link(1, 0, error="timed out"))
     found = problem(links, survey(tmp_path, links=ways))
