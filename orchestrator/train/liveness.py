@@ -29,12 +29,12 @@ def peak_bytes(graph: Any, outputs: Sequence[Any]) -> tuple[int, bool]:
     """
     needed = _needed(outputs)
     operations = [op for op in graph.get_operations() if op.name in needed]
-    last_read: dict[int, int] = {}
+    last_read: dict[str, int] = {}
     for place, op in enumerate(operations):
         for tensor in op.inputs:
-            last_read[id(_origin(tensor))] = place
+            last_read[_origin(tensor).name] = place
     for tensor in outputs:
-        last_read[id(_origin(tensor))] = len(operations)
+        last_read[_origin(tensor).name] = len(operations)
     ends: dict[int, int] = {}  # place -> bytes that are let go after it
     held = peak = 0
     is_lower_bound = False
@@ -44,7 +44,7 @@ def peak_bytes(graph: Any, outputs: Sequence[Any]) -> tuple[int, bool]:
             for tensor in op.outputs:
                 size = _size(tensor)
                 is_lower_bound = is_lower_bound or size is None
-                end = last_read.get(id(tensor), place)
+                end = last_read.get(tensor.name, place)
                 held += size or 0
                 ends[end] = ends.get(end, 0) + (size or 0)
         peak = max(peak, held)
