@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import tensorflow as tf
+
 # Their output is their input's memory, or a variable's that is counted elsewhere.
 _VIEWS = {"Identity", "IdentityN", "Reshape", "StopGradient", "ExpandDims", "Squeeze"}
 _VARIABLES = {"ReadVariableOp", "VarHandleOp"}
@@ -73,6 +75,10 @@ def _origin(tensor: Any) -> Any:
 
 def _size(tensor: Any) -> int | None:
     """Return the bytes of a tensor; None if its shape or type is not known."""
-    if tensor.dtype.size == 0 or not tensor.shape.is_fully_defined():
-        return None
-    return int(math.prod(tensor.shape.as_list())) * int(tensor.dtype.size)
+    if tensor.dtype == tf.resource:
+        return 0  # a handle
+    if tensor.dtype.size and tensor.shape.is_fully_defined():
+        return int(math.prod(tensor.shape.as_list())) * int(tensor.dtype.size)
+    # Lists of axes and the like, which gradients are full of.
+    is_short = tensor.dtype.is_integer and tensor.shape.rank in (0, 1)
+    return 0 if is_short else None
