@@ -45,5 +45,5 @@ def upload_sizes(folder: Path, excludes: Sequence[str]) -> dict[str, int] | None
             parts = path.relative_to(folder).parts
             sizes[f"{parts[0]}/" if len(parts) > 1 else parts[0]] += path.stat().st_size
 
-    travel(folder, [rules(folder, list(excludes))], count, include_gitignore=True)
+    travel(folder, [rules(folder, list(excludes))], count, include_gitignore=True, logger=None)
     return dict(sizes)
