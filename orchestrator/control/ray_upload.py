@@ -5,6 +5,7 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,5 +46,6 @@ def upload_sizes(folder: Path, excludes: Sequence[str]) -> dict[str, int] | None
             parts = path.relative_to(folder).parts
             sizes[f"{parts[0]}/" if len(parts) > 1 else parts[0]] += path.stat().st_size
 
-    travel(folder, [rules(folder, list(excludes))], count, include_gitignore=True, logger=None)
+    quiet = logging.Logger("upload", logging.WARNING)
+    travel(folder, [rules(folder, list(excludes))], count, include_gitignore=True, logger=quiet)
     return dict(sizes)
