@@ -43,6 +43,8 @@ def versions(survey: Survey) -> Iterator[str | Finding]:
 
 def clocks(survey: Survey) -> Iterator[str | Finding]:
     """Compare the nodes' clocks with the driver's, as far as the way of the answer lets one."""
+    if survey.is_local:
+        yield "one clock"
     largest = 0.0
     for node, clock in zip(survey.nodes, survey.clocks, strict=False):
         # Unless it is outside of the time between question and answer nothing is known of it.
@@ -88,6 +90,8 @@ def addresses(survey: Survey) -> Iterator[str | Finding]:
 def shared_folder(survey: Survey) -> Iterator[str | Finding]:
     """Refuse a run folder that is not one and the same on all nodes."""
     root = survey.plan.paths.root.parents[1]
+    if survey.is_local:
+        yield "one host"
     for observer, unseen in survey.unseen.items():
         if unseen:
             yield Finding(
