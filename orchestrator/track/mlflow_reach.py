@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.spec.secrets import mask_text
-from orchestrator.track.mlflow_store import open_client
+from orchestrator.track.mlflow_client import open_client
 
 _SCHEMA = re.compile(r"found version (\w+), but expected (\w+)")
 _REFUSED = re.compile(r"\b401\b|UNAUTHENTICATED")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.track.mlflow_client import open_client
 from orchestrator.track.mlflow_reach import obstacle
-from orchestrator.track.mlflow_store import open_client
 
 TIMEOUT_S = 2.0
 
