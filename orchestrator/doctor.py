@@ -97,7 +97,9 @@ def _doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCod
             report.row("cluster", [f"Ray at {config.cluster.address}", unreached])
         survey = surveying.result()
         for name, judge in (*RESOURCE_CHECKS, *NODE_CHECKS):
-            report.row(name, list(judge(survey)))
+            # Of nodes that nobody could look at there is nothing to say, and nothing is well.
+            if said := list(judge(survey)):
+                report.row(name, said)
     report.end(time.monotonic() - start)
     return ExitCode.DIFFERENCE if report.num_problems else ExitCode.DONE
 

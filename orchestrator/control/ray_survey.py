@@ -6,6 +6,7 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.control.links import Link, rounds
 from orchestrator.control.node_facts import NodeFacts, Port
-from orchestrator.control.ray_join import first_line
 from orchestrator.control.ray_nodes import bundle_of, host_name, living_nodes
 from orchestrator.control.ray_places import Places
 from orchestrator.control.scout import Scout, leave_mark, unseen
@@ -105,7 +105,7 @@ class RaySurvey:
             except GetTimeoutError:
                 found[node] = ClusterError(f"not within {limit_s:g} s")
             except RayError as error:
-                found[node] = ClusterError(first_line(error))
+                found[node] = ClusterError(_last_line(error))
         return found
 
     def _drop(self, refs: Mapping[str, Any]) -> None:
@@ -226,6 +226,12 @@ class RaySurvey:
             answer if isinstance(answer, Rehearsal) else Rehearsal(error=str(answer))
             for answer in answers.values()
         )
+
+
+def _last_line(error: RayError) -> str:
+    """Return what an error says last, without colours: after Ray's words and a traceback."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _candidates(plan: RunPlan) -> dict[str, dict[str, Any]]:
