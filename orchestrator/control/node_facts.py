@@ -132,11 +132,9 @@ def look(
         shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
         max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         taken_ports=() if ports is None else taken_ports(*ports, listening=listening),
-        listening=tuple(
-            Port(number, process)
-            for (address, number), process in sorted(listening.items(), key=lambda item: item[0][1])
-            if not address.startswith("127.") and address != "::1"
-        )[:_MOST_LISTENING],
+        listening=tuple(Port(*port) for port in sorted(_beyond_loopback(listening).items()))[
+            :_MOST_LISTENING
+        ],
         auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
         told_at=time.time(),
     )
@@ -205,6 +203,15 @@ def _listening() -> dict[tuple[str, int], str]:
                 address = (connection.laddr.ip, connection.laddr.port)
                 found[address] = _process(connection.pid)
     return found
+
+
+def _beyond_loopback(listening: dict[tuple[str, int], str]) -> dict[int, str]:
+    """Return the ports that are open at an address of the network, once each."""
+    return {
+        number: process
+        for (address, number), process in listening.items()
+        if not address.startswith("127.") and address != "::1"
+    }
 
 
 def _process(pid: int | None) -> str:

@@ -236,7 +236,8 @@ def _last_line(error: RayError) -> str:
 
 def _candidates(plan: RunPlan) -> dict[str, dict[str, Any]]:
     """Return the nodes that are large enough for a worker; all, if none is."""
-    nodes, bundle = living_nodes(), bundle_of(plan)
+    bundle = bundle_of(plan)
+    nodes = dict(sorted(living_nodes().items(), key=lambda item: host_name(item[1])))
     fitting = {
         name: node
         for name, node in nodes.items()

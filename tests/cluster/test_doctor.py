@@ -113,7 +113,7 @@ def test_three_hosts_that_are_well_are_told_so(hosts: Hosts, tmp_path: Path) -> 
     assert "what each of 4 writes, all others read" in row(ended.out, "shared folder")
     assert "MB/s" in row(ended.out, "links")
     assert f"({hosts.ip(1)}) by eth0" in ended.out
-    assert "host-0 reaches on host-2" in ended.out
+    assert f"reaches on host-2 ({hosts.ip(2)})" in ended.out
 
 
 @pytest.mark.thorough
@@ -121,7 +121,7 @@ def test_a_folder_that_each_host_has_for_itself_is_a_problem(hosts: Hosts, tmp_p
     ended = ask(hosts, f"runs_dir={hosts.folder / 'tmp' / 'runs'}", cwd=tmp_path)
     assert ended.code == 1, ended.out
     assert f"host-1 ({hosts.ip(1)}) does not see in" in ended.out
-    assert "what host-1" in ended.out
+    assert "the driver's host does not see in" in ended.out
 
 
 @pytest.mark.thorough
