@@ -23,7 +23,7 @@ def doctor(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> 
 
 def row(out: str, name: str) -> str:
     """Return the row of a check, its mark first."""
-    lines = [line for line in out.splitlines() if line[9:].startswith(f"{name} ")]
+    lines = [line for line in out.splitlines() if f"{line[9:]} ".startswith(f"{name} ")]
     assert len(lines) == 1, f"{name}: {lines}\n{out}"
     return lines[0]
 
