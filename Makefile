@@ -23,7 +23,7 @@ job = $(if $(conf),job=$(call quote,$(conf)))
 stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
     [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
 
-.PHONY: help setup train up down plan config verify chaos sweep ui submit runs test bench lint types lock clean FORCE
+.PHONY: help setup train up down plan doctor config verify chaos sweep ui submit runs test bench lint types lock clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## Print these lines
@@ -43,6 +43,9 @@ down: .venv/.stamp-$(device) ## End what `make up` keeps
 
 plan: .venv/.stamp-$(device) ## Print what a training would do: conf=mnist
 	$(orchestrator) plan $(job) $(args)
+
+doctor: .venv/.stamp-$(device) ## Check all that can be checked before a step: conf=mnist
+	$(orchestrator) doctor $(job) $(args)
 
 config: .venv/.stamp-$(device) ## Print the resolved configuration of a job: conf=mnist
 	$(orchestrator) config $(job) $(args)

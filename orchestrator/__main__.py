@@ -17,6 +17,7 @@ from orchestrator.errors import ConfigError, ExitCode, OrchestratorError
 _VERBS = {
     "train": "train a job: train job=mnist strategy=multi_worker strategy.num_workers=2",
     "plan": "print what a run would do, without starting anything",
+    "doctor": "check all that can be checked before a step: nodes, data, memory, disk, MLflow",
     "config": "print the resolved configuration",
     "verify": "prove that replicas, workers and micro-batches compute what one device computes",
     "chaos": "prove that a run under faults leaves what an undisturbed one leaves",
@@ -87,6 +88,7 @@ def _run(verb: str, rest: list[str]) -> int:
     verbs: dict[str, Callable[[list[str], Path | None], int]] = {
         "train": _train,
         "plan": _plan,
+        "doctor": _doctor,
         "config": _config,
         "verify": _verify,
         "chaos": _chaos,
@@ -149,6 +151,12 @@ def _plan(overrides: list[str], config_dir: Path | None) -> int:
     return int(ExitCode.DONE)
 
 
+def _doctor(overrides: list[str], config_dir: Path | None) -> int:
+    from orchestrator.doctor import doctor
+
+    return _found(doctor(overrides, config_dir, Path.cwd()), "a problem was found")
+
+
 def _config(overrides: list[str], config_dir: Path | None) -> int:
     from orchestrator.spec.config import load_config, to_yaml
 
@@ -174,10 +182,10 @@ def _sweep(overrides: list[str], config_dir: Path | None) -> int:
     return _found(sweep(overrides, config_dir, Path.cwd()))
 
 
-def _found(code: ExitCode) -> int:
+def _found(code: ExitCode, meaning: str = "") -> int:
     """Name the exit code of a command that has told its findings itself."""
     if code is not ExitCode.DONE:
-        print(f"exit code {code:d}: {_MEANING[code]}", file=sys.stderr)
+        print(f"exit code {code:d}: {meaning or _MEANING[code]}", file=sys.stderr)
     return int(code)
 
 

@@ -12,17 +12,8 @@ from orchestrator.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 VERBS = (
-    "train",
-    "plan",
-    "config",
-    "verify",
-    "chaos",
-    "sweep",
-    "submit",
-    "runs",
-    "ui",
-    "up",
-    "down",
+    *("train", "plan", "doctor", "config", "verify", "chaos", "sweep", "submit", "runs", "ui"),
+    *("up", "down"),
 )
 REFUSED = "exit code 2: configuration or plan refused"
 

@@ -10,24 +10,59 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.errors import ConfigError, OrchestratorError, PlanError, StorageError
+from orchestrator.control.ray_settings import token_file
+from orchestrator.errors import (
+    ClusterError,
+    ConfigError,
+    OrchestratorError,
+    PlanError,
+    StorageError,
+)
+from orchestrator.spec.memory import bytes_text
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
 
 _NEEDED_BYTES = 300 * 2**20
 _SMALL_SHM_BYTES = 128 * 2**20
-_FEW_FILES = 4096
+FEW_FILES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found: refused with `error`, or only said when `error` is None."""
+    """What a check found.
 
-    text: str
+    Attributes:
+        seen: what is there, with its figures.
+        why: what comes of it.
+        mend: the key or command that mends it; empty where nothing need be done.
+        error: what a start is refused with; None where it is only said.
+    """
+
+    seen: str
+    why: str
+    mend: str = ""
     error: type[OrchestratorError] | None = None
 
+    @property
+    def text(self) -> str:
+        """All of it as one sentence."""
+        return "; ".join(filter(None, (f"{self.seen}: {self.why}", self.mend)))
 
-Check = Callable[[RunPlan], Finding | None]
+
+Find = Callable[[RunPlan], Finding | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that is looked at, in a moment, on the host of the driver.
+
+    Attributes:
+        name: as `doctor` prints it.
+        find: returns what is wrong, or None.
+    """
+
+    name: str
+    find: Find
 
 
 def run_checks(plan: RunPlan) -> list[str]:
@@ -39,7 +74,7 @@ def run_checks(plan: RunPlan) -> list[str]:
     Raises:
         OrchestratorError: all refusals together, as the first one's kind.
     """
-    findings = [finding for check in CHECKS if (finding := check(plan)) is not None]
+    findings = [finding for check in CHECKS if (finding := check.find(plan)) is not None]
     refused = [finding for finding in findings if finding.error is not None]
     if refused:
         assert refused[0].error is not None
@@ -67,8 +102,9 @@ def _folder_keeps_promises(plan: RunPlan) -> Finding | None:
         _flush_folder(root)
     except OSError as error:
         return Finding(
-            f"the run folder {root} cannot {doing}: {error.strerror}; checkpoints need a POSIX "
-            "file system: set runs_dir to a folder on one",
+            f"the run folder {root} cannot {doing}: {error.strerror}",
+            "checkpoints need a POSIX file system",
+            "set runs_dir to a folder on one",
             StorageError,
         )
     finally:
@@ -93,8 +129,9 @@ def _disk_has_space(plan: RunPlan) -> Finding | None:
     if free >= _NEEDED_BYTES:
         return None
     return Finding(
-        f"{plan.paths.root} has {free / 2**20:,.0f} MB free, a run needs at least "
-        f"{_NEEDED_BYTES / 2**20:,.0f} MB; make room, or set runs_dir to another disk",
+        f"{plan.paths.root} has {bytes_text(free)} free",
+        f"a run needs at least {bytes_text(_NEEDED_BYTES)} for its checkpoints and logs",
+        "make room, or set runs_dir to another disk",
         StorageError,
     )
 
@@ -104,7 +141,12 @@ def _data_path_exists(plan: RunPlan) -> Finding | None:
         return None
     if Path(plan.data_path).exists():
         return None
-    return Finding(f"data.path={plan.data_path}: there is nothing there", ConfigError)
+    return Finding(
+        f"data.path={plan.data_path}",
+        "there is nothing there",
+        "name the file or folder that holds the data, or leave data.path out",
+        ConfigError,
+    )
 
 
 def _network_is_trusted(plan: RunPlan) -> Finding | None:
@@ -114,9 +156,46 @@ def _network_is_trusted(plan: RunPlan) -> Finding | None:
         return None
     return Finding(
         f"{plan.num_workers} workers on an existing cluster talk through TensorFlow's own ports "
-        f"({cluster.port_range}), which have no authentication and let anyone who reaches them "
-        "run code; if the network is closed to others, say so with cluster.trusted_network=true",
+        f"({cluster.port_range})",
+        "these have no authentication and let anyone who reaches them run code",
+        "if the network is closed to others, say so with cluster.trusted_network=true",
         PlanError,
+    )
+
+
+def _token_is_private(plan: RunPlan) -> Finding | None:
+    """Look at the file that Ray takes the cluster's token from."""
+    path = token_file()
+    if plan.config.cluster.name is not ClusterName.existing or path is None:
+        return None
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError as error:
+        return Finding(
+            f"the token file {path} cannot be read: {error.strerror}",
+            "a cluster with a token lets nobody in without",
+            "set RAY_AUTH_TOKEN_PATH to the file that has it",
+            ClusterError,
+        )
+    if not mode & 0o077:
+        return None
+    return Finding(
+        f"the token file {path} has mode {mode:04o}",
+        "whoever reads the token runs code on every node",
+        f"chmod 600 {path}",
+        ClusterError,
+    )
+
+
+def _new_files_are_private(plan: RunPlan) -> Finding | None:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if umask & 0o002:
+        return None
+    return Finding(
+        f"umask is {umask:03o}",
+        "everybody on this host may change checkpoints, exports and the record",
+        "say umask 022 before",
     )
 
 
@@ -124,37 +203,60 @@ def _shared_memory_is_large(plan: RunPlan) -> Finding | None:
     shm = Path("/dev/shm")
     if plan.config.cluster.name is not ClusterName.local or not shm.is_dir():
         return None
-    size = shutil.disk_usage(shm).total
+    return small_shared_memory(shutil.disk_usage(shm).total, "")
+
+
+def small_shared_memory(size: int, where: str) -> Finding | None:
+    """Return what is said of a /dev/shm of `size` bytes; nothing if that is enough."""
     if size >= _SMALL_SHM_BYTES:
         return None
-    return Finding(f"/dev/shm has {size / 2**20:.0f} MB: Ray falls back to slower files in /tmp")
+    return Finding(
+        f"{where}/dev/shm has {bytes_text(size)}",
+        "Ray falls back to slower files in /tmp",
+        "give the container more, such as --shm-size=1g",
+    )
 
 
 def _files_may_be_opened(plan: RunPlan) -> Finding | None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= _FEW_FILES:
+    if soft >= FEW_FILES:
         return None
     # Raising the soft limit up to the hard one needs no rights.
     wanted = hard if hard != resource.RLIM_INFINITY else 65536
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 65536), hard))
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= _FEW_FILES:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= FEW_FILES:
         return None
-    return Finding(f"at most {soft} files may be open (ulimit -n); Ray may need {_FEW_FILES}")
+    return few_files(soft, "")
+
+
+def few_files(limit: int, where: str) -> Finding:
+    """Return what is said of a small limit of open files."""
+    return Finding(
+        f"{where}at most {limit} files may be open (ulimit -n)",
+        f"Ray may need {FEW_FILES}",
+        f"say ulimit -n {FEW_FILES} before, or raise it in limits.conf",
+    )
 
 
 def _home_is_writable(plan: RunPlan) -> Finding | None:
     home = Path(os.environ.get("HOME", ""))
     if str(home) != "." and os.access(home, os.W_OK):
         return None
-    return Finding("HOME is missing or read-only: Ray keeps its token in the temporary folder")
+    return Finding(
+        "HOME is missing or read-only",
+        "Ray keeps its token in the temporary folder",
+        "set HOME to a folder that can be written",
+    )
 
 
 CHECKS: list[Check] = [
-    _folder_keeps_promises,
-    _disk_has_space,
-    _data_path_exists,
-    _network_is_trusted,
-    _shared_memory_is_large,
-    _files_may_be_opened,
-    _home_is_writable,
+    Check("run folder", _folder_keeps_promises),
+    Check("disk", _disk_has_space),
+    Check("data path", _data_path_exists),
+    Check("trusted network", _network_is_trusted),
+    Check("token", _token_is_private),
+    Check("umask", _new_files_are_private),
+    Check("shared memory", _shared_memory_is_large),
+    Check("open files", _files_may_be_opened),
+    Check("home", _home_is_writable),
 ]

@@ -28,9 +28,9 @@ from orchestrator.spec.plan import Host
 from orchestrator.spec.schema import ClusterConfig, Code
 
 _CONNECT_TIMEOUT_S = 5.0
-_PROJECT_DIR = str(Path(__file__).resolve().parents[2])
+PROJECT_DIR = str(Path(__file__).resolve().parents[2])
 # What an upload to other nodes leaves behind.
-_NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
+NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
 
 
 def join(config: ClusterConfig) -> Host:
@@ -50,11 +50,17 @@ def join(config: ClusterConfig) -> Host:
     if others and not is_uploaded:
         # Other nodes do not see this checkout; a submitted job has brought its own upload.
         ray.shutdown()
-        _join(config.address or "auto", upload=_PROJECT_DIR)
+        _join(config.address or "auto", upload=PROJECT_DIR)
     nodes = [node for node in nodes if may_hold_workers(node, config)] or nodes
     cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
     gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
     return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(gpus, default=0))
+
+
+def leave() -> None:
+    """Leave the cluster; it goes on."""
+    if ray.is_initialized():
+        ray.shutdown()
 
 
 def join_kept(kept: Kept) -> None:
@@ -73,7 +79,7 @@ def join_kept(kept: Kept) -> None:
 
 
 def _join(address: str, upload: str | None = None, node_ip: str | None = None) -> None:
-    environment = {"working_dir": upload, "excludes": _NOT_UPLOADED} if upload else None
+    environment = {"working_dir": upload, "excludes": NOT_UPLOADED} if upload else None
     with tempfile.TemporaryFile() as chatter:
         try:
             with signal_handlers_kept(), standard_error_in(chatter):

@@ -73,6 +73,10 @@ class Places:
             if node in self._names
         }
 
+    def node_ids(self) -> dict[int, str]:
+        """Return Ray's name of the node of each worker that has a place."""
+        return dict(enumerate(self._nodes))
+
     def spare_nodes(self, plan: RunPlan) -> list[str]:
         """Return the nodes that have room for a worker and none of this run's."""
         free = count_room(plan, self._config.placement, self._living(), free_resources()).hosts

@@ -47,8 +47,16 @@ def apply_ray_settings(cluster: ClusterName, token: Path | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def _token_is_there() -> bool:
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return True
+def token_file() -> Path | None:
+    """Return the file that Ray takes a cluster's token from; None where it takes it from none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return None
+    if named := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return Path(named)
     home = os.environ.get("HOME")
-    return home is not None and (Path(home) / _TOKEN_FILE).is_file()
+    usual = Path(home) / _TOKEN_FILE if home is not None else None
+    return usual if usual is not None and usual.is_file() else None
+
+
+def _token_is_there() -> bool:
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file() is not None

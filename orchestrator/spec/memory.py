@@ -69,8 +69,12 @@ def still_counted(files: Iterable[Path]) -> dict[Path, int]:
 
 
 def bytes_text(num_bytes: int) -> str:
-    """Return a size in words: GiB, or MiB if it is less than one."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    """Return a size in words: GiB, or MiB if it is less than one, or KiB."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.1f} GiB"
+    if num_bytes >= 2**20:
+        return f"{num_bytes / 2**20:.0f} MiB"
+    return f"{num_bytes / 2**10:.0f} KiB"
 
 
 def _folders(pid: int | str, proc: Path, cgroups: Path) -> Iterator[Path]:

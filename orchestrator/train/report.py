@@ -140,7 +140,7 @@ class Reporter:
             step=self.step,
             phase=self.phase,
             cause=self._cause(error),
-            error=_one_line(error) + out_of_memory(error, self._order.plan, self._order.worker),
+            error=one_line(error) + out_of_memory(error, self._order.plan, self._order.worker),
             user_frame=user_frame(error),
             traceback=text,
         )
@@ -222,7 +222,7 @@ def _source_line(file: str, line: int) -> str:
     return lines[line - 1].strip() if 0 < line <= len(lines) else ""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return `Type: message`, without the frames that AutoGraph writes into messages."""
     text = str(error)
     if isinstance(error, OrchestratorError | Stopped):
