@@ -22,6 +22,7 @@ _VERBS = {
     "runs": "runs list; runs compare RUN RUN: what differs; runs sync RUN: MLflow once more",
     "weights": "turn a checkpoint into Keras's weights and back: weights RUN to=FILE.weights.h5",
     "ui": "open the MLflow UI",
+    "serve": "let a model answer over HTTP: serve run=mnist/RUN, or model=NAME@ALIAS; port= host=",
 }
 _MEANING = {
     ExitCode.DIFFERENCE: "a difference was found",
@@ -84,6 +85,7 @@ def _run(verb: str, rest: list[str]) -> int:
         "runs": _runs,
         "weights": _weights,
         "ui": _ui,
+        "serve": _serve,
     }
     if verb not in verbs:
         close = difflib.get_close_matches(verb, verbs, n=1)
@@ -235,6 +237,13 @@ def _ui(overrides: list[str], config_dir: Path | None) -> int:
         port,
         known["experiment"] or None,
     )
+
+
+def _serve(overrides: list[str], config_dir: Path | None) -> int:
+    """Take `run=` or `model=`, and `port=`, `host=`, `runs_dir=`, `tracking.uri=`."""
+    from orchestrator.serving import serve
+
+    return serve(overrides, Path.cwd())
 
 
 def _help() -> str:

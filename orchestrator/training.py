@@ -218,6 +218,7 @@ def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
         global_batch_size=config.train.global_batch_size,
         timeout_s=config.tracking.timeout_s,
         register=config.export.register,
+        alias=config.export.alias,
         params=flatten(config),
         tags={
             **provenance(overrides, config.code_dirs),

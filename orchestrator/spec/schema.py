@@ -298,6 +298,7 @@ class ExportConfig:
     enabled: bool
     weights: Weights
     register: str | None
+    alias: str | None
 
 
 @dataclass(kw_only=True, slots=True)
