@@ -76,8 +76,8 @@ def find_run(run: str, runs_dir: Path, cwd: Path) -> RunPaths:
     if len(found) == 1:
         return RunPaths(found[0])
     if found:
-        names = ", ".join(sorted(f"{folder.parent.name}/{run}" for folder in found))
-        raise ConfigError(f"run={run}: there are several of this name: {names}")
+        jobs = ", ".join(sorted(f"{folder.parent.name}/{run}" for folder in found))
+        raise ConfigError(f"run={run}: there are several of this name: {jobs}")
     names = sorted((f"{path.parent.name}/{path.name}" for path in known), reverse=True)
     if not names:
         raise ConfigError(f"run={run}: there are no runs in {runs_dir}; name another runs_dir=")

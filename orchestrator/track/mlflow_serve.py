@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, StartFailed
+from orchestrator.track.mlflow_client import open_client
 from orchestrator.track.mlflow_server import (
     LOOPBACK,
     answers_soon,
@@ -23,7 +24,6 @@ from orchestrator.track.mlflow_server import (
     tail,
     url_of,
 )
-from orchestrator.track.mlflow_client import open_client
 
 PORTS = range(8080, 8180)
 # It imports MLflow twice and TensorFlow once, and loads the model.
