@@ -12,7 +12,7 @@ Above the folders, what knows several of them: a file for each command, and what
     runs.py lease.py resumption.py job_code.py    which run a command goes on with, and from where
     signals.py patience.py guardian.py            how a run ends: asked, out of disk, killed
     screen.py summary.py listing.py comparison.py what is said of runs
-    verify*.py verdict.py   chaos*.py   conversion.py weights.py    the other commands
+    verify*.py verdict.py  chaos*.py  conversion.py weights.py  serving.py  the other commands
 
 The flow, one arrow per boundary:
 

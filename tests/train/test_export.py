@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ class Frozen(Tiny):
     """Takes 64 examples and no other number."""
 
     def serve(self, model: keras.Model, inputs: Any) -> Any:
-        return model(tf.reshape(inputs, [64, 8]), training=False)
+        return model(tf.ensure_shape(inputs, [64, 8]), training=False)
 
 
 class LiveOnly(Scaled):
@@ -108,17 +110,17 @@ class LiveOnly(Scaled):
 
 
 @pytest.mark.parametrize(
-    ("job", "error"),
+    ("make", "error"),
     [
-        (Layers(dropout=0.5), "asked twice, its answers differ"),
-        (Layers(normalise=True), "depends on the others of its batch"),
-        (Frozen(), "it takes no batch of 1: the batch dimension must be free"),
-        (LiveOnly(), "prepares its inputs otherwise"),
+        (partial(Layers, dropout=0.5), "asked twice, its answers differ"),
+        (partial(Layers, normalise=True), "depends on the others of its batch"),
+        (Frozen, "it takes no batch of 1: the batch dimension must be free"),
+        (LiveOnly, "prepares its inputs otherwise"),
     ],
     ids=["dropout-on", "batch-statistics", "batch-frozen", "preprocessing-missing"],
 )
-def test_the_proof_refuses(tmp_path: Path, job: Tiny, error: str) -> None:
-    proof = proof_of(exported(tmp_path, job))
+def test_the_proof_refuses(tmp_path: Path, make: Callable[[], Tiny], error: str) -> None:
+    proof = proof_of(exported(tmp_path, make()))
     assert error in proof["error"]
 
 
@@ -144,19 +146,19 @@ class Untracked(Tiny):
 
 
 @pytest.mark.parametrize(
-    ("job", "fragments"),
+    ("make", "fragments"),
     [
-        (Training(dropout=0.5), ["serve() calls the model with training=True"]),
-        (Unprepared(), ["serve() gives the model inputs from -", "self.prepare()"]),
-        (Untracked(), ["serve() uses tf.Variable 'temperature:0'", "add_weight"]),
+        (partial(Training, dropout=0.5), ["serve() calls the model with training=True"]),
+        (Unprepared, ["serve() gives the model inputs from -", "self.prepare()"]),
+        (Untracked, ["serve() uses tf.Variable 'temperature:0'", "add_weight"]),
     ],
     ids=["dropout-on", "preprocessing-missing", "variable-not-tracked"],
 )
 def test_an_export_is_refused_before_it_is_written(
-    tmp_path: Path, job: Tiny, fragments: list[str]
+    tmp_path: Path, make: Callable[[], Tiny], fragments: list[str]
 ) -> None:
     with pytest.raises(ExportError) as caught:
-        exported(tmp_path, job)
+        exported(tmp_path, make())
     assert [part for part in fragments if part not in str(caught.value)] == [], caught.value
     assert not tiny_plan(tmp_path).paths.export_dir.exists()
 
@@ -174,12 +176,27 @@ class Softmax(Scaled):
         return tf.nn.softmax(model(scaled, training=False))
 
 
-@pytest.mark.parametrize("job", [Sums(), Softmax()], ids=["other-inputs", "own-answer"])
-def test_a_serve_that_means_what_it_does_is_left_alone(tmp_path: Path, job: Tiny) -> None:
-    assert exported(tmp_path, job).golden.exists()
+@pytest.mark.parametrize("make", [Sums, Softmax], ids=["other-inputs", "own-answer"])
+def test_a_serve_that_means_what_it_does_is_left_alone(
+    tmp_path: Path, make: Callable[[], Tiny]
+) -> None:
+    assert exported(tmp_path, make()).golden.exists()
 
 
 # --- Faults of the export itself ---
+
+
+def test_a_signature_of_a_fixed_batch_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tf.TensorSpec
+    monkeypatch.setattr(
+        export.tf,
+        "TensorSpec",
+        lambda shape, *rest, **named: spec([64, *shape[1:]], *rest, **named),
+    )
+    proof = proof_of(exported(tmp_path, Tiny()))
+    assert "it takes no batch of 1: the batch dimension must be free" in proof["error"]
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ class Faulty(Blobs):
         if self.fault == "dropout":
             return model(x, training=True)
         if self.fault == "frozen":
-            x = tf.reshape(x, [64, 8])
+            x = tf.ensure_shape(x, [64, 8])
         if self.fault == "layers":
             for layer in model.layers:
                 x = layer(x, training=True)
