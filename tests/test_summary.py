@@ -52,7 +52,11 @@ def test_the_command_to_train_on_is_one_that_does(
         ("runs", True, "make serve run=tiny/20260101-000000-abcd"),
         ("/elsewhere", True, 'make serve run=tiny/20260101-000000-abcd args="runs_dir=/elsewhere"'),
         ("runs", False, "orchestrator serve run=tiny/20260101-000000-abcd"),
-        ("/elsewhere", False, "orchestrator serve run=tiny/20260101-000000-abcd runs_dir=/elsewhere"),
+        (
+            "/elsewhere",
+            False,
+            "orchestrator serve run=tiny/20260101-000000-abcd runs_dir=/elsewhere",
+        ),
     ],
 )
 def test_the_command_to_serve_is_one_for_this_folder(
@@ -65,6 +69,7 @@ def test_the_command_to_serve_is_one_for_this_folder(
     monkeypatch.chdir(PROJECT_DIR if at_home else tmp_path)
     plan = tiny_plan(tmp_path, runs_dir=runs_dir)
     [found] = [text for word, text in next_commands(plan, 12, finished=True) if word == "serve"]
+    command = command.replace("RUN", f"tiny/{plan.run}")
     assert found == command if at_home else found.endswith(f"/{command}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from orchestrator.spec.schema import Compile, OnNan, RunConfig, Weights
 
+_REGISTERED = re.compile(r"[^/:'\"%\x00-\x1f]+")
 _ALIAS = re.compile(r"[A-Za-z0-9_\-]+")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 _STEPS = re.compile(r"(\d{1,12})-(\d{1,12})")
@@ -84,8 +85,12 @@ def _best(config: RunConfig) -> Iterator[str]:
 def _registration(config: RunConfig) -> Iterator[str]:
     """Refuse what MLflow's registry would refuse when training is over."""
     name, alias = config.export.register, config.export.alias
-    if name is not None and (not name.strip() or re.search(r"[/:]", name)):
-        yield f"export.register={name}: MLflow allows neither / nor : in it, and no empty name"
+    # MLflow 3.17 takes quotes, and then cannot search for the name.
+    if name is not None and not (name.strip() and _REGISTERED.fullmatch(name)):
+        yield (
+            f"export.register={name!r}: MLflow allows neither / nor : in it; a name of letters, "
+            "digits, blanks, `_`, `-` and `.` is sure to work"
+        )
     if alias is None:
         return
     if name is None:
