@@ -235,19 +235,22 @@ def test_the_saved_model_answers_in_a_process_with_tensorflow_only(
 
 
 @pytest.mark.thorough
-def test_saved_model_cli_shows_and_runs_the_model(one_device: Ended, tmp_path: Path) -> None:
+def test_saved_model_cli_shows_and_runs_the_model(
+    one_device: Ended, tmp_path: Path, golden: dict[str, np.ndarray]
+) -> None:
     cli = [str(Path(sys.executable).with_name("saved_model_cli"))]
     place = ["--dir", str(one_device.run.saved_model_dir), "--tag_set", "serve"]
     place += ["--signature_def", "serving_default"]
     shown = subprocess.run([*cli, "show", *place], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
     assert "dtype: DT_UINT8" in shown.stdout and "shape: (-1, 8)" in shown.stdout
-    given = ["--input_exprs", "inputs=np.zeros((2, 8), np.uint8)", "--outdir", str(tmp_path)]
+    given = ["--inputs", f"inputs={one_device.run.golden}[inputs]", "--outdir", str(tmp_path)]
     done = subprocess.run(
         [*cli, "run", *place, *given], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert np.load(tmp_path / "outputs.npy").shape == (2, 3)
+    answers = np.load(tmp_path / "outputs.npy")
+    np.testing.assert_allclose(answers, golden["outputs"], rtol=1e-4, atol=1e-4)
 
 
 # --- Exports that are refused ---
