@@ -17,6 +17,7 @@ from orchestrator.track.origin import Origin
 
 EXPORT_TAG = "orchestrator.export"
 _ALIAS_TAG = "orchestrator.alias"
+_VERSIONS_TAG = "mlflow.modelVersions"
 _MAX_PARAM = 500
 # What the proof has measured, and the metrics it is known by.
 _FIGURES = {
@@ -110,7 +111,16 @@ def _register(store: Store, name: str, alias: str | None, model: Any) -> None:
     version = next(
         (v for v in versions if uri in (v.source, f"models:/{v.model_id}")), None
     ) or client.create_model_version(name, source=uri, run_id=store.run_id, model_id=model.model_id)
+    _link(client, model.model_id, name, str(version.version))
     # Given once: by now somebody may have moved the alias on to another version.
     if alias is not None and version.tags.get(_ALIAS_TAG) != alias:
         client.set_registered_model_alias(name, alias, version.version)
         client.set_model_version_tag(name, version.version, _ALIAS_TAG, alias)
+
+
+def _link(client: Any, model_id: str, name: str, version: str) -> None:
+    """Let the model's page lead to the version, as a server does by itself (MLflow 3.17)."""
+    known = json.loads(client.get_logged_model(model_id).tags.get(_VERSIONS_TAG, "[]"))
+    if (name, version) not in [(item["name"], str(item["version"])) for item in known]:
+        linked = [*known, {"name": name, "version": version}]
+        client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps(linked)})

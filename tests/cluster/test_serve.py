@@ -82,8 +82,11 @@ def test_the_logged_model_tells_where_it_comes_from(
 
 def test_the_model_is_registered_with_its_alias(run: Any, client: Any) -> None:
     version = client.get_model_version_by_alias("blobs", "champion")
-    assert (version.version, version.run_id) == ("1", run.info.run_id)
-    assert version.model_id == run.outputs.model_outputs[0].model_id
+    assert (str(version.version), version.run_id) == ("1", run.info.run_id)
+    model_id = run.outputs.model_outputs[0].model_id
+    assert version.source == f"models:/{model_id}"
+    linked = client.get_logged_model(model_id).tags["mlflow.modelVersions"]
+    assert json.loads(linked) == [{"name": "blobs", "version": "1"}]
 
 
 @pytest.mark.parametrize(
