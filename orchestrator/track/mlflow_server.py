@@ -117,9 +117,26 @@ def _end(server: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
-            server.wait(_END_S)
         except ProcessLookupError:
             break
-        except subprocess.TimeoutExpired:
-            continue
+        deadline = time.monotonic() + _END_S
+        while _is_there(server) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
     server.wait()
+
+
+def _is_there(server: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a process of a server's group lives; one that only waits to be reaped does not.
+
+    A server that was killed leaves its children to others, who may take their time to reap them.
+    """
+    server.poll()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # After the name in brackets, which may hold anything: state, parent, group.
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue  # it has gone meanwhile
+        if int(group) == server.pid and state != "Z":
+            return True
+    return False

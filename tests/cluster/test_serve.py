@@ -170,7 +170,7 @@ def test_the_printed_command_serves_and_its_curl_line_asks(
         assert refused.code == 2 and f"port={port} is taken" in refused.out
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0
-        assert not [process for process in started if process.is_running()]
+        assert not [process for process in started if rig.is_alive(process.pid)]
 
 
 @pytest.mark.thorough
@@ -188,7 +188,7 @@ def test_a_registered_model_is_served_from_a_server_until_it_is_ended(
         started = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(number)
         assert server.wait(30) == 0
-        assert not [process for process in started if process.is_running()]
+        assert not [process for process in started if rig.is_alive(process.pid)]
 
 
 # --- Outside MLflow, as docs/tracking.md says ---
@@ -281,7 +281,8 @@ def test_a_faulty_export_ends_the_run_and_leaves_its_checkpoints(
     assert [path.name for path in list_checkpoints(ended.run.checkpoints_dir)] == ["step-00000120"]
     (row,) = rig.database(tmp_path)
     assert row["status"] == "FAILED"
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    client = mlflow.MlflowClient(uri, registry_uri=uri)
     assert not client.search_logged_models([str(row["experiment_id"])])
     assert not client.search_registered_models()
 
