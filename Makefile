@@ -23,7 +23,8 @@ job = $(if $(conf),job=$(call quote,$(conf)))
 stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
     [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
 
-.PHONY: help setup train up down plan doctor config verify chaos sweep ui submit runs test bench lint types lock clean FORCE
+.PHONY: help setup train up down plan doctor config verify chaos sweep ui serve submit runs test bench lint types lock \
+    clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## Print these lines
@@ -61,6 +62,10 @@ sweep: .venv/.stamp-$(device) ## Train all combinations: args="train.seed=1,2,3"
 
 ui: .venv/.stamp-$(device) ## Open the runs in MLflow's web interface
 	$(orchestrator) ui $(args)
+
+serve: .venv/.stamp-$(device) ## Let a model answer over HTTP: run=mnist/RUN or model=NAME@ALIAS
+	$(orchestrator) serve $(foreach key,run model port host,\
+	    $(if $($(key)),$(key)=$(call quote,$($(key))))) $(args)
 
 submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=http://head:8265
 	$(orchestrator) submit $(job) $(if $(address),cluster.address=$(call quote,$(address))) $(args)

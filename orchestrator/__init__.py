@@ -13,7 +13,7 @@ Above the folders, what knows several of them: a file for each command, and what
     signals.py patience.py guardian.py            how a run ends: asked, out of disk, killed
     screen.py summary.py listing.py comparison.py what is said of runs
     verify*.py verdict.py   chaos*.py   sweep*.py   doctor*.py duration.py   the other commands
-    conversion.py weights.py   keeping.py   runs_command.py
+    conversion.py weights.py   keeping.py   runs_command.py   serving.py
 
 The flow, one arrow per boundary:
 

@@ -28,6 +28,7 @@ _VERBS = {
     "ui": "open the MLflow UI",
     "up": "keep a local Ray and TensorFlow at hand: train then begins in a breath; up idle_s=3600",
     "down": "end what up keeps",
+    "serve": "let a model answer over HTTP: serve run=mnist/RUN, or model=NAME@ALIAS; port= host=",
 }
 _MEANING = {
     ExitCode.DIFFERENCE: "a difference was found",
@@ -99,6 +100,7 @@ def _run(verb: str, rest: list[str]) -> int:
         "ui": _ui,
         "up": _up,
         "down": _down,
+        "serve": _serve,
     }
     if verb not in verbs:
         close = difflib.get_close_matches(verb, verbs, n=1)
@@ -267,6 +269,13 @@ def _down(overrides: list[str], config_dir: Path | None) -> int:
     if overrides:
         raise ConfigError(f"down: {overrides[0]}: it takes no arguments")
     return int(down())
+
+
+def _serve(overrides: list[str], config_dir: Path | None) -> int:
+    """Take `run=` or `model=`, and `port=`, `host=`, `runs_dir=`, `tracking.uri=`."""
+    from orchestrator.serving import serve
+
+    return serve(overrides, Path.cwd())
 
 
 def _help() -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.screen import Summary
-from orchestrator.spec.config import DEFAULT_RUNS_DIR
+from orchestrator.spec.config import DEFAULT_RUNS_DIR, PROJECT_DIR
 from orchestrator.spec.messages import BlockDone, Evaluated, Message
 from orchestrator.spec.plan import RunPlan
 from orchestrator.track.mlflow_projection import Report
-
-# MLflow's own default is the interface's port.
-_SERVE_PORT = 8080
 
 
 @dataclass(slots=True)
@@ -80,15 +79,9 @@ def next_commands(
     job, runs_dir = plan.config.job.name, plan.config.runs_dir
     folder = "" if runs_dir == DEFAULT_RUNS_DIR else f"runs_dir={runs_dir} "
     own = "".join(f"--config-dir={path} " for path in plan.config.code_dirs[1:])
-    commands = [("review", url or _make("ui", folder))]
+    commands = [("review", url or _command("ui", "", folder))]
     if exported:
-        folder_of_model, here = plan.paths.mlflow_model_dir, Path.cwd()
-        if folder_of_model.is_relative_to(here):
-            folder_of_model = folder_of_model.relative_to(here)
-        model = shlex.quote(str(folder_of_model))
-        # MLflow starts uvicorn from the PATH.
-        serve = f"mlflow models serve --env-manager local -p {_SERVE_PORT} -m {model}"
-        commands.append(("serve", f'PATH="$PWD/.venv/bin:$PATH" {serve}'))
+        commands.append(("serve", _command("serve", f"run={job}/{plan.run}", folder)))
     resume = f"{own}{folder}resume={plan.run}"
     patience = plan.config.best.patience
     if finished and patience is not None and last_step < plan.total_steps:
@@ -97,9 +90,16 @@ def next_commands(
         resume += f" train.steps={2 * plan.config.train.steps}"
     elif finished and plan.config.train.epochs is not None:
         resume += f" train.epochs={2 * plan.config.train.epochs:g}"
-    commands.append(("train on" if finished else "resume", _make(f"train conf={job}", resume)))
+    commands.append(
+        ("train on" if finished else "resume", _command("train", f"conf={job}", resume))
+    )
     return commands
 
 
-def _make(target: str, args: str) -> str:
-    return f'make {target} args="{args.strip()}"' if args else f"make {target}"
+def _command(verb: str, named: str, args: str) -> str:
+    """Return a command of make where its Makefile is, else the same of the console script."""
+    if Path.cwd() == PROJECT_DIR:
+        return " ".join(filter(None, ["make", verb, named, args and f'args="{args.strip()}"']))
+    script = Path(sys.executable).with_name("orchestrator")
+    program = shlex.quote(str(script)) if os.access(script, os.X_OK) else "orchestrator"
+    return " ".join(filter(None, [program, verb, named.replace("conf=", "job="), args.strip()]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from orchestrator.summary import Tally, next_commands, summarise
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import read
 from orchestrator.track.mlflow_projection import Report, check
+from orchestrator.track.origin import origin
 from orchestrator.track.record import Record
 from orchestrator.train import store
 
@@ -173,6 +175,16 @@ class Training:
                 f"the exported model does not answer like the trained one: {proof.get('error')}; "
                 f"see {path}. The checkpoints are whole"
             )
+        if self._record.failing_s:
+            return  # the journal lacks what there is to look up
+        complaint = origin(read(self._plan.paths.journal)).complaint()
+        if complaint:
+            shutil.rmtree(self._plan.paths.mlflow_model_dir, ignore_errors=True)
+            raise ExportError(
+                f"the exported model is not the one that was asked for: {complaint} "
+                f"(export.weights={self._plan.config.export.weights.value}). The checkpoints are "
+                "whole: resume the run to export again"
+            )
 
     def _end(self, status: str, cause: str) -> Report:
         """Close the record; a signal cuts short the wait for MLflow."""
@@ -220,6 +232,7 @@ def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
         global_batch_size=config.train.global_batch_size,
         timeout_s=config.tracking.timeout_s,
         register=config.export.register,
+        alias=config.export.alias,
         params=flatten(config),
         tags={
             **provenance(overrides, config.code_dirs),

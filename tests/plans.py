@@ -94,7 +94,7 @@ def tiny_config(**changes: Any) -> s.RunConfig:
             timeout_s=5.0,
             journal_patience_s=60.0,
         ),
-        export=s.ExportConfig(enabled=True, weights=s.Weights.last, register=None),
+        export=s.ExportConfig(enabled=True, weights=s.Weights.last, register=None, alias=None),
         verify=s.VerifyConfig(steps=20, own_steps=3, variants=list(s.VariantName)),
         chaos=ChaosConfig(
             step_ms=None, faults=[], full=False, random=None, repeat=1, seed=0, report=None

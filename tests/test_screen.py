@@ -161,7 +161,7 @@ SUMMARY = Summary(
     wall_s=21.3,
     examples_per_s=24_100,
     model="runs/mnist/x/export/mlflow_model",
-    commands=[("serve", "mlflow models serve -m " + "runs/a-long-folder/" * 5)],
+    commands=[("serve", "make serve run=" + "a-long-name/" * 8)],
 )
 
 
@@ -196,9 +196,7 @@ def test_a_whole_run_fits_its_width_on_terminals_and_elsewhere(tty: bool, width:
     run_a_training(make_screen(stream, clock, width), clock)
     lines = stream.text().replace("\r", "\n").split("\n")
     assert [line for line in lines if len(line) > width] == [
-        line
-        for line in lines
-        if "mlflow models serve" in line or (width == 40 and "model  " in line)
+        line for line in lines if "make serve" in line or (width == 40 and "model  " in line)
     ]
     flat = " ".join(stream.text().split())
     for part in (

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.messages import BlockDone
-from orchestrator.summary import Tally, summarise
+from orchestrator.summary import Tally, next_commands, summarise
 from orchestrator.track.mlflow_projection import Report
 from tests.plans import tiny_plan
 
@@ -43,3 +44,36 @@ def test_the_command_to_train_on_is_one_that_does(
     word, text = summary.commands[-1]
     assert word == ("train on" if status == "FINISHED" else "resume")
     assert command in text and ("train.steps" in command) == ("train.steps" in text)
+
+
+@pytest.mark.parametrize(
+    ("runs_dir", "at_home", "command"),
+    [
+        ("runs", True, "make serve run=tiny/20260101-000000-abcd"),
+        ("/elsewhere", True, 'make serve run=tiny/20260101-000000-abcd args="runs_dir=/elsewhere"'),
+        ("runs", False, "orchestrator serve run=tiny/20260101-000000-abcd"),
+        (
+            "/elsewhere",
+            False,
+            "orchestrator serve run=tiny/20260101-000000-abcd runs_dir=/elsewhere",
+        ),
+    ],
+)
+def test_the_command_to_serve_is_one_for_this_folder(
+    tmp_path: Path,
+    runs_dir: str,
+    at_home: bool,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(PROJECT_DIR if at_home else tmp_path)
+    plan = tiny_plan(tmp_path, runs_dir=runs_dir)
+    [found] = [text for word, text in next_commands(plan, 12, finished=True) if word == "serve"]
+    command = command.replace("RUN", f"tiny/{plan.run}")
+    assert found == command if at_home else found.endswith(f"/{command}")
+
+
+def test_without_a_model_there_is_nothing_to_serve(tmp_path: Path) -> None:
+    plan = tiny_plan(tmp_path, export__enabled=False)
+    assert "serve" not in dict(next_commands(plan, 12, finished=True))
+    assert "serve" not in dict(next_commands(tiny_plan(tmp_path), 12, finished=False))

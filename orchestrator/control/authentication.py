@@ -34,13 +34,14 @@ def refuse_open_token(environment: Mapping[str, str]) -> None:
 
 
 def token_file(environment: Mapping[str, str]) -> Path | None:
-    """Return the file that Ray takes its token from; None if it comes from elsewhere."""
+    """Return the file that Ray takes a cluster's token from; None if it takes it from none."""
     if environment.get("RAY_AUTH_TOKEN"):
         return None
     if path := environment.get("RAY_AUTH_TOKEN_PATH"):
         return Path(path)
     home = environment.get("HOME")
-    return Path(home) / _TOKEN_FILE if home else None
+    usual = Path(home) / _TOKEN_FILE if home else None
+    return usual if usual is not None and usual.is_file() else None
 
 
 def refuse_open_cluster(address: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.control.ray_settings import token_file
+from orchestrator.control.authentication import token_file
 from orchestrator.errors import (
     ClusterError,
     ConfigError,
@@ -165,7 +165,7 @@ def _network_is_trusted(plan: RunPlan) -> Finding | None:
 
 def _token_is_private(plan: RunPlan) -> Finding | None:
     """Look at the file that Ray takes the cluster's token from."""
-    path = token_file()
+    path = token_file(os.environ)
     if plan.config.cluster.name is not ClusterName.existing or path is None:
         return None
     try:

@@ -6,9 +6,9 @@ import os
 import secrets
 from pathlib import Path
 
+from orchestrator.control.authentication import token_file
 from orchestrator.spec.schema import ClusterName
 
-_TOKEN_FILE = Path(".ray") / "auth_token"
 SETTINGS = {
     # Under plain `uv run`, Ray would ship the project to every worker and run uv there.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -47,16 +47,5 @@ def apply_ray_settings(cluster: ClusterName, token: Path | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def token_file() -> Path | None:
-    """Return the file that Ray takes a cluster's token from; None where it takes it from none."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return None
-    if named := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return Path(named)
-    home = os.environ.get("HOME")
-    usual = Path(home) / _TOKEN_FILE if home is not None else None
-    return usual if usual is not None and usual.is_file() else None
-
-
 def _token_is_there() -> bool:
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file() is not None
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file(os.environ) is not None

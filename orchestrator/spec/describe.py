@@ -215,6 +215,7 @@ def _export(plan: RunPlan) -> str:
     if not export.enabled:
         return "none"
     name = f", registered as {export.register}" if export.register else ""
+    name += f"@{export.alias}" if export.alias else ""
     which = " of the best evaluation" if export.weights is Weights.best else ""
     average = " with averaged weights" if plan.exports_averages else ""
     return f"SavedModel{which}{average}, proven in a clean process{name}"

@@ -311,6 +311,7 @@ class ExportConfig:
     enabled: bool
     weights: Weights
     register: str | None
+    alias: str | None
 
 
 @dataclass(kw_only=True, slots=True)

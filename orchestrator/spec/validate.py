@@ -241,8 +241,6 @@ def _names(config: RunConfig) -> Iterator[str]:
             f"tracking.uri={mask_text(uri)}: must begin with sqlite:///, http:// or https:// "
             "(MLflow's file store is no longer supported)"
         )
-    if config.export.register and re.search(r"[/:]", config.export.register):
-        yield f"export.register={config.export.register}: MLflow allows neither / nor : in it"
 
 
 def _job_class(config: RunConfig) -> Iterator[str]:

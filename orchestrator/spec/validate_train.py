@@ -1,4 +1,4 @@
-"""Rules between the keys that say how training begins, ends and is looked at."""
+"""Rules between the keys that say how training begins, ends and what is left of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from collections.abc import Iterator
 
 from orchestrator.spec.schema import Compile, OnNan, RunConfig, Weights
 
+_REGISTERED = re.compile(r"[^/:'\"%\x00-\x1f]+")
+_ALIAS = re.compile(r"[A-Za-z0-9_\-]+")
+_RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 _STEPS = re.compile(r"(\d{1,12})-(\d{1,12})")
 
 
 def train_rules(config: RunConfig) -> Iterator[str]:
     """Yield a line for each broken rule: value, rule, key."""
     yield from _best(config)
+    yield from _registration(config)
     train = config.train
     if train.max_time_s is not None and not (
         train.max_time_s > 0 and math.isfinite(train.max_time_s)
@@ -75,4 +79,25 @@ def _best(config: RunConfig) -> Iterator[str]:
         yield (
             f"best.patience={best.patience} with evaluation at the end only: set "
             "train.eval_every_steps or train.eval_every_epochs"
+        )
+
+
+def _registration(config: RunConfig) -> Iterator[str]:
+    """Refuse what MLflow's registry would refuse when training is over."""
+    name, alias = config.export.register, config.export.alias
+    # MLflow 3.17 takes quotes, and then cannot search for the name.
+    if name is not None and not (name.strip() and _REGISTERED.fullmatch(name)):
+        yield (
+            f"export.register={name!r}: MLflow allows neither / nor : in it; a name of letters, "
+            "digits, blanks, `_`, `-` and `.` is sure to work"
+        )
+    if alias is None:
+        return
+    if name is None:
+        yield f"export.alias={alias} without a registered model: set export.register=NAME"
+    # What mlflow.utils.validation has for aliases (3.17).
+    if not _ALIAS.fullmatch(alias) or _RESERVED_ALIAS.fullmatch(alias):
+        yield (
+            f"export.alias={alias}: letters, digits, `_` and `-` only, and neither `latest` nor "
+            "like a version, such as v2"
         )

@@ -23,6 +23,7 @@ class RunFacts:
         root: the run folder.
         log_every_steps: a number or `auto`.
         register: name in the model registry, or None.
+        alias: of the version that is registered, or None.
         params: the configuration, flattened and masked.
         tags: provenance: code, versions, command line.
     """
@@ -39,6 +40,7 @@ class RunFacts:
     register: str | None
     params: Mapping[str, str]
     tags: Mapping[str, str]
+    alias: str | None = None  # journals of versions before it have none
 
     def record(self, time: float) -> dict[str, Any]:
         """Return the journal's record of these facts; credentials in the address stay out."""

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ import numpy as np
 # hundred float32 roundings of 1.2e-7 each.
 TOLERANCE = 1e-4
 _BATCH_SIZES = (1, 7, 64)
+_WHOLE = 64
+_TIMED_SIZES = (1, 64)
+_TIMED_CALLS = 11
 _INPUT, _OUTPUT = "inputs", "outputs"
 
 
@@ -55,7 +59,8 @@ def _prove(export_dir: Path, package: Path) -> dict[str, Any]:
 
     with np.load(export_dir / "golden.npz") as golden:
         inputs, outputs = golden["inputs"], golden["outputs"]
-    loaded = tf.saved_model.load(str(export_dir / "saved_model"))
+    saved_model = export_dir / "saved_model"
+    loaded = tf.saved_model.load(str(saved_model))
     signature = loaded.signatures["serving_default"]
 
     def answer(batch: np.ndarray) -> np.ndarray:
@@ -63,39 +68,98 @@ def _prove(export_dir: Path, package: Path) -> dict[str, Any]:
         return answers
 
     difference = _compare(answer, inputs, outputs)
+    figures = {f"latency_{size}_ms": _latency_ms(answer, inputs[:size]) for size in _TIMED_SIZES}
     _package(loaded, package, inputs, outputs)
 
     import mlflow
 
     packaged = mlflow.pyfunc.load_model(str(package))
     difference = max(difference, _compare(packaged.predict, inputs, outputs))
-    return {"max_difference": difference, "batch_sizes": _BATCH_SIZES}
+    size_bytes = sum(path.stat().st_size for path in saved_model.rglob("*") if path.is_file())
+    return {
+        "time": time.time(),
+        "batch_sizes": _BATCH_SIZES,
+        "max_difference": difference,
+        "size_bytes": size_bytes,
+        **figures,
+    }
 
 
 def _compare(answer: Any, inputs: np.ndarray, outputs: np.ndarray) -> float:
     """Return the largest difference of the answers at several batch sizes, relative to the largest.
 
     Raises:
-        Refused: an answer has another shape, or differs by more than the tolerance.
+        Refused: an answer has another dtype or shape, or differs by more than the tolerance.
     """
-    scale = max(1.0, float(np.max(np.abs(outputs.astype(np.float64)), initial=0.0)))
-    largest = 0.0
-    for size in _BATCH_SIZES:
-        given = np.asarray(answer(inputs[:size]))
+    given = {size: _ask(answer, inputs[:size]) for size in _BATCH_SIZES}
+    for size, answers in given.items():
         wanted = outputs[:size]
-        if given.shape != wanted.shape:
-            raise Refused(f"it answers {given.shape} for a batch of {size}, not {wanted.shape}")
-        apart = np.abs(given.astype(np.float64) - wanted.astype(np.float64))
-        # What is not a number in the live model's answer may be none here either.
-        apart = np.where(np.isnan(wanted) & np.isnan(given), 0.0, apart)
-        difference = float(np.max(apart, initial=0.0)) / scale
-        if not difference <= TOLERANCE:
+        if answers.shape != wanted.shape:
+            raise Refused(f"it answers {answers.shape} for a batch of {size}, not {wanted.shape}")
+        if answers.dtype != wanted.dtype:
+            raise Refused(f"it answers {answers.dtype}, the live model {wanted.dtype}")
+    whole, scale = given[_WHOLE], _largest(outputs)
+    again = _difference(_ask(answer, inputs[:_WHOLE]), whole, scale)
+    if not again <= TOLERANCE:
+        raise Refused(
+            f"asked twice, its answers differ by {again:.2g} of the largest one: something random "
+            "is on, such as dropout; serve() must call the model with training=False"
+        )
+    for size, answers in given.items():
+        apart = _difference(answers, whole[:size], scale)
+        if not apart <= TOLERANCE:
             raise Refused(
-                f"at batch size {size} it differs from the live model by {difference:.2g} of the "
-                f"largest answer; at most {TOLERANCE:g} is explained by rounding"
+                f"its answer to an example depends on the others of its batch: by {apart:.2g} of "
+                f"the largest answer between batches of {size} and {_WHOLE}; serve() must call "
+                "the model with training=False, or normalisation takes the batch's statistics"
             )
-        largest = max(largest, difference)
-    return largest
+    differences = {
+        size: _difference(answers, outputs[:size], scale) for size, answers in given.items()
+    }
+    size = max(differences, key=lambda size: differences[size])
+    if not differences[size] <= TOLERANCE:
+        raise Refused(
+            f"at batch size {size} it differs from the live model by {differences[size]:.2g} of "
+            f"the largest answer; at most {TOLERANCE:g} is explained by rounding. It has other "
+            "weights than the live model, or prepares its inputs otherwise"
+        )
+    return differences[size]
+
+
+def _ask(answer: Any, batch: np.ndarray) -> np.ndarray:
+    try:
+        return np.asarray(answer(batch))
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise Refused(
+            f"it takes no batch of {len(batch)}: the batch dimension must be free in serve() and "
+            f"in the model. {said[0][:200]}"
+        ) from error
+
+
+def _largest(outputs: np.ndarray) -> float:
+    finite = np.abs(outputs.astype(np.float64))
+    return max(1.0, float(np.max(finite, initial=0.0, where=np.isfinite(finite))))
+
+
+def _difference(given: np.ndarray, wanted: np.ndarray, scale: float) -> float:
+    """Return the largest difference, in units of `scale`; NaN is equal to NaN."""
+    one, other = given.astype(np.float64), wanted.astype(np.float64)
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    with np.errstate(invalid="ignore"):
+        apart = np.where(same, 0.0, np.abs(one - other))
+    apart = np.where(np.isnan(apart), np.inf, apart)
+    return float(np.max(apart, initial=0.0)) / scale
+
+
+def _latency_ms(answer: Any, batch: np.ndarray) -> float:
+    """Return the median time of an answer, in ms, once everything is warm."""
+    times = []
+    for _ in range(_TIMED_CALLS):
+        start = time.perf_counter()
+        answer(batch)
+        times.append(time.perf_counter() - start)
+    return 1000 * sorted(times)[len(times) // 2]
 
 
 def _package(loaded: Any, package: Path, inputs: np.ndarray, outputs: np.ndarray) -> None:
@@ -116,6 +180,7 @@ def _package(loaded: Any, package: Path, inputs: np.ndarray, outputs: np.ndarray
         module,
         str(package),
         signature=ModelSignature(inputs=schema(inputs, None), outputs=schema(outputs, None)),
+        input_example=inputs[:1],
         # Given, because finding them out loads the model once more and takes 9 s.
         pip_requirements=[f"mlflow=={mlflow.__version__}", f"tensorflow=={tf.__version__}"],
         saved_model_kwargs={"signatures": dict(loaded.signatures)},

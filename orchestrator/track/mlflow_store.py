@@ -6,7 +6,6 @@ calls decides whether to try again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from orchestrator.track.points import Point
 
 RUN_TAG = "orchestrator.run"
 DESCRIPTION_TAG = "mlflow.note.content"
-EXPORT_TAG = "orchestrator.export"
 DEGRADED_TAG = "orchestrator.degraded"
 HARDWARE_TAG = "orchestrator.hardware"
 _CHANGED_TAG = "orchestrator.changed."
@@ -30,7 +28,7 @@ _BATCH_OF_WORDS = 100  # params or tags of one request
 _MAX_VALUE = 6000
 _MAX_TAG = 5000
 _MAX_KEY = 250
-_DIGEST_LENGTH = 32  # MLflow's column has room for 36
+DIGEST_LENGTH = 32  # MLflow's column has room for 36
 # Uploads are answered when the server has stored them, which may take longer than other requests.
 _UPLOAD_TIMEOUT_S = 60
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -66,6 +64,16 @@ class Store:
             )
         self.run_id = str(run.info.run_id)
         self._describe(run.data.params, run.data.tags)
+
+    @property
+    def client(self) -> Any:
+        """MLflow's client."""
+        return self._client
+
+    @property
+    def facts(self) -> RunFacts:
+        """What the record knows of the run."""
+        return self._facts
 
     def _find_experiment(self) -> str:
         """Return the id of the experiment; one that was deleted is restored."""
@@ -132,7 +140,7 @@ class Store:
         """
         from mlflow.entities import Param, RunTag
 
-        wanted = {_legal(k): _shortened(v, _MAX_VALUE) for k, v in self._facts.params.items()}
+        wanted = {legal(k): shortened(v, _MAX_VALUE) for k, v in self._facts.params.items()}
         missing = [Param(key, value) for key, value in wanted.items() if key not in params]
         for start in range(0, len(missing), _BATCH_OF_WORDS):
             self._client.log_batch(self.run_id, params=missing[start : start + _BATCH_OF_WORDS])
@@ -142,7 +150,7 @@ class Store:
             # One that is as it was at first again has a tag that says otherwise.
             if tag in known_tags or params.get(key, value) != value:
                 told[tag] = value
-        tags = [RunTag(_legal(key), _shortened(value, _MAX_TAG)) for key, value in told.items()]
+        tags = [RunTag(legal(key), shortened(value, _MAX_TAG)) for key, value in told.items()]
         for start in range(0, len(tags), _BATCH_OF_WORDS):
             self._client.log_batch(self.run_id, tags=tags[start : start + _BATCH_OF_WORDS])
 
@@ -151,7 +159,7 @@ class Store:
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
-        metrics = [Metric(_legal(p.key), p.value, p.timestamp_ms, p.step) for p in points]
+        metrics = [Metric(legal(p.key), p.value, p.timestamp_ms, p.step) for p in points]
         try:
             self._client.log_batch(self.run_id, metrics=metrics)
             return []
@@ -174,7 +182,7 @@ class Store:
         columns = [{"name": name, "type": kind} for name, kind in record["features"].items()]
         dataset = Dataset(
             name=record["name"][:_MAX_KEY],
-            digest=record["digest"][:_DIGEST_LENGTH],
+            digest=record["digest"][:DIGEST_LENGTH],
             source_type="local",
             source=json.dumps({"uri": record["source"]}),
             schema=json.dumps({"mlflow_colspec": columns}),
@@ -191,7 +199,7 @@ class Store:
 
     def tag(self, key: str, text: str) -> None:
         """Set a tag, or set it anew."""
-        self._client.set_tag(self.run_id, key, _shortened(text, _MAX_TAG))
+        self._client.set_tag(self.run_id, key, shortened(text, _MAX_TAG))
 
     def end(self, status: str, time_ms: int | None) -> None:
         """Say how the run ended."""
@@ -213,62 +221,13 @@ class Store:
             if folder.exists():
                 self._client.log_artifacts(self.run_id, str(folder), folder.name)
 
-    def log_model(self, paths: RunPaths) -> str:
-        """Log and register the packaged model, once for each packaging; return its address."""
-        from mlflow.entities import LoggedModelOutput
 
-        client, facts = self._client, self._facts
-        # MLmodel holds a unique id: the same file means the same packaging.
-        export = hashlib.sha256((paths.mlflow_model_dir / "MLmodel").read_bytes()).hexdigest()
-        model = self._logged_model(export)
-        if model is None:
-            model = client.create_logged_model(
-                self.experiment_id,
-                name=_model_name(facts.job),
-                source_run_id=self.run_id,
-                tags={RUN_TAG: facts.run, EXPORT_TAG: export},
-                model_type="savedmodel",
-            )
-            client.log_model_artifacts(model.model_id, str(paths.mlflow_model_dir))
-            client.finalize_logged_model(model.model_id, "READY")
-        outputs = client.get_run(self.run_id).outputs
-        if model.model_id not in [item.model_id for item in outputs.model_outputs]:
-            client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
-        if facts.register is not None:
-            self._register(facts.register, model)
-        return str(model.model_uri)
-
-    def _logged_model(self, export: str) -> Any:
-        """Return the model of a packaging if it was logged whole; remove halves of it."""
-        whole = None
-        filters = f"source_run_id = '{self.run_id}' AND tags.`{EXPORT_TAG}` = '{export}'"
-        for model in self._client.search_logged_models([self.experiment_id], filters):
-            if str(model.status).upper().endswith("READY"):
-                whole = model
-            else:
-                self._client.delete_logged_model(model.model_id)
-        return whole
-
-    def _register(self, name: str, model: Any) -> None:
-        client, uri = self._client, f"models:/{model.model_id}"
-        if not client.search_registered_models(filter_string=f"name = '{name}'"):
-            client.create_registered_model(name)
-        versions = client.search_model_versions(f"name = '{name}'")
-        if not any(uri in (version.source, f"models:/{version.model_id}") for version in versions):
-            client.create_model_version(
-                name, source=uri, run_id=self.run_id, model_id=model.model_id
-            )
-
-
-def _legal(key: str) -> str:
+def legal(key: str) -> str:
     """Return a key that MLflow takes: letters, digits and `_ - . space : /`, no odd paths."""
     parts = re.sub(r"[^\w\-. :/]", "_", key).split("/")
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:_MAX_KEY]
 
 
-def _model_name(job: str) -> str:
-    return re.sub(r"[/:.%\"']", "_", job)
-
-
-def _shortened(value: str, size: int) -> str:
+def shortened(value: str, size: int) -> str:
+    """Return a text of at most `size` characters."""
     return value if len(value) <= size else f"{value[: size - 3]}..."

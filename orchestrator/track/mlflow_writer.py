@@ -14,6 +14,7 @@ from orchestrator.spec.secrets import mask_text
 from orchestrator.track.account import account
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Reader, read
+from orchestrator.track.mlflow_registry import log_model
 from orchestrator.track.mlflow_store import (
     BATCH,
     DEGRADED_TAG,
@@ -22,6 +23,7 @@ from orchestrator.track.mlflow_store import (
     Store,
 )
 from orchestrator.track.nodes import Nodes
+from orchestrator.track.origin import origin
 from orchestrator.track.points import Point, Points
 from orchestrator.track.report import summarise
 
@@ -121,7 +123,7 @@ class Writer:
         store.tag(DESCRIPTION_TAG, summarise(found))
         model_uri = None
         if (self._paths.mlflow_model_dir / "MLmodel").exists():
-            model_uri = store.log_model(self._paths)
+            model_uri = log_model(store, self._paths, origin(read(self._paths.journal)))
         if status is not None:
             store.end(status, self._end_time_ms)
         return model_uri

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,10 +20,13 @@ from orchestrator.train.checkpoint import model_variables, read_section, restore
 from orchestrator.train.job import Job
 from orchestrator.train.rename import put_in_place
 from orchestrator.train.saver import require_staging
+from orchestrator.train.serving import check_serving
 from orchestrator.train.sources import Feature, Source
+from orchestrator.train.store import step_of
 
 # The proof compares answers at batch sizes up to this.
 _GOLDEN_EXAMPLES = 64
+_UNTRACKED = re.compile(r"Trackable referencing this tensor = <?([^>]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,52 +68,55 @@ def export_model(
     *,
     checkpoint: Path | None = None,
     averages: Averages | None = None,
+    variables: Mapping[str, keras.Variable] | None = None,
 ) -> Signature:
     """Write the SavedModel and the golden batch.
 
-    The variables are copied into a second model built outside the strategy, so that the SavedModel
-    is the same whatever the strategy was.
+    The SavedModel is made of a second model outside the strategy, so that it is the same whatever
+    the strategy was. The golden answers are the live model's, which takes the weights of a
+    checkpoint or the averages by the ways that training has for them: what goes wrong on one way
+    is seen by the other.
 
     Args:
         job: whose `serve` the SavedModel answers with.
-        model: the live model.
+        model: the live model; with a checkpoint it has that one's weights afterwards.
         source: where golden inputs come from when `serve` takes feature `x`.
         paths: of the run.
         staging_dir: where it is written first. The driver has made it, and takes it away from an
             attempt that is over.
         checkpoint: whose weights are exported; None for those of this moment.
         averages: export these, of the checkpoint or of this moment, instead of the weights.
+        variables: everything that a checkpoint restores, by key; goes with `checkpoint`.
 
     Raises:
         ExportError: the checkpoint cannot be read, or `serve` does not take one tensor and give
-            one tensor with a free batch.
+            one tensor with a free batch, treats the model as evaluation does not, or needs what
+            a SavedModel would not hold.
         StorageError: it cannot be written.
     """
-    feature, inputs = _golden_inputs(job, source)
     twin = job.model()
-    if checkpoint is not None:
-        _load(checkpoint, twin, model, averages)
+    if checkpoint is None:
+        for copy, original in zip(twin.variables, model.variables, strict=True):
+            copy.assign(tf.convert_to_tensor(original.value))
     else:
-        with averages.in_place() if averages is not None else nullcontext():
-            for copy, original in zip(twin.variables, model.variables, strict=True):
-                copy.assign(tf.convert_to_tensor(original.value))
-    # The live model has passed through the strategy; the twin only where its weights are others.
-    live = model if checkpoint is None and averages is None else twin
-    answers = _plain_float(job.serve(live, tf.constant(inputs)))
+        _load(checkpoint, twin)
+        _go_back(checkpoint, variables or {})
+    if averages is not None:
+        _take_averages(twin, model, averages, checkpoint)
+    feature, inputs = _golden_inputs(job, source)
+    with averages.in_place() if averages is not None else nullcontext():
+        check_serving(job, model, inputs, source)
+        answers = _plain_float(job.serve(model, tf.constant(inputs)))
     if not tf.is_tensor(answers) or answers.shape.rank == 0 or answers.shape[0] != len(inputs):
         found = getattr(answers, "shape", type(answers).__name__)
         raise ExportError(
             f"serve() gave {found} for {len(inputs)} inputs: return one tensor, [batch, ...]"
         )
     spec = tf.TensorSpec([None, *feature.shape], feature.dtype, name="inputs")
-    served = _Served(job, twin, spec)
-    signature = tf.function(
-        lambda inputs: {"outputs": served.__call__(inputs)}, input_signature=[spec]
-    )
-    staged = RunPaths(staging_dir)
     try:
+        staged = RunPaths(staging_dir)
         staged.export_dir.mkdir()
-        tf.saved_model.save(served, str(staged.saved_model_dir), {"serving_default": signature})
+        _save(_Served(job, twin, spec), spec, staged.saved_model_dir)
         np.savez(staged.golden, inputs=inputs, outputs=answers.numpy())
         require_staging(staging_dir)
         put_in_place(staged.export_dir, paths.export_dir)
@@ -124,21 +133,64 @@ def export_model(
     )
 
 
-def _load(
-    checkpoint: Path, twin: keras.Model, model: keras.Model, averages: Averages | None
-) -> None:
-    """Give the twin of the trained model what a checkpoint holds."""
+def _save(served: _Served, spec: tf.TensorSpec, folder: Path) -> None:
+    """Write the SavedModel.
+
+    Raises:
+        ExportError: it would lack something that `serve` needs.
+    """
+    signature = tf.function(
+        lambda inputs: {"outputs": served.__call__(inputs)}, input_signature=[spec]
+    )
+    signature.get_concrete_function()  # what fails here is the job's own code
+    try:
+        tf.saved_model.save(served, str(folder), {"serving_default": signature})
+    except AssertionError as error:  # tensorflow 2.21, saved_model/save.py, untracked resources
+        if "untracked" not in str(error):
+            raise
+        found = _UNTRACKED.search(str(error))
+        raise ExportError(
+            f"serve() uses {found[1] if found else 'a resource'}, which is none of the model's "
+            "variables: neither checkpoints nor the exported model hold it. Make it a weight of "
+            "the model or of one of its layers (add_weight), or a constant"
+        ) from error
+
+
+def _load(checkpoint: Path, twin: keras.Model) -> None:
+    """Give the twin of the trained model the weights that a checkpoint holds."""
     try:
         restore(checkpoint, model_variables(twin), model_only=True)
     except RestoreError as error:
-        raise ExportError(
-            f"export.weights=best: {error}\nexport the last ones with export.weights=last"
-        ) from error
-    if averages is not None:
-        _, *values = read_section(checkpoint, "averages")
-        place = {id(variable): index for index, variable in enumerate(model.variables)}
-        for weight, value in zip(averages.weights, values, strict=True):
-            twin.variables[place[id(weight)]].assign(value)
+        raise _unreadable(error) from error
+
+
+def _take_averages(
+    twin: keras.Model, model: keras.Model, averages: Averages, checkpoint: Path | None
+) -> None:
+    """Give the twin the averages of a checkpoint, or of this moment, for weights."""
+    if checkpoint is not None:
+        values: list[Any] = read_section(checkpoint, "averages")
+    else:
+        values = [tf.convert_to_tensor(variable.value) for variable in averages.variables]
+    place = {id(variable): index for index, variable in enumerate(model.variables)}
+    for weight, value in zip(averages.weights, values[1:], strict=True):  # the first one counts
+        twin.variables[place[id(weight)]].assign(value)
+
+
+def _go_back(checkpoint: Path, variables: Mapping[str, keras.Variable]) -> None:
+    """Give the live model, and the averages, what a checkpoint holds: as a resumed run does."""
+    try:
+        step = restore(checkpoint, variables)
+    except RestoreError as error:
+        raise _unreadable(error) from error
+    if step != step_of(checkpoint):
+        raise ExportError(f"{checkpoint} holds step {step:,}: the folder was renamed or replaced")
+
+
+def _unreadable(error: RestoreError) -> ExportError:
+    return ExportError(
+        f"export.weights=best: {error}\nexport the last ones with export.weights=last"
+    )
 
 
 def _golden_inputs(job: Job, source: Source) -> tuple[Feature, np.ndarray]:

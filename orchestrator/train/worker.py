@@ -315,6 +315,7 @@ def _export(order: WorkerOrder, reporter: Reporter, made: _Made, checkpoint: Pat
             staged,
             checkpoint=checkpoint,
             averages=averages,
+            variables=made.variables,
         )
     reporter.tell(
         Exported,

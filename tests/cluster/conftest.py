@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import mlflow
+import numpy as np
 import pytest
 
 from tests.cluster.rig import ROOT, Ended, train, wait_for
@@ -21,8 +24,33 @@ from tests.cluster.rig import ROOT, Ended, train, wait_for
 
 @pytest.fixture(scope="session")
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """A finished run on one device; nobody changes its folder."""
-    return train(cwd=tmp_path_factory.mktemp("one-device"))
+    """A finished run on one device with a registered model; nobody changes its folder."""
+    registered = ("export.register=blobs", "export.alias=champion")
+    return train(*registered, cwd=tmp_path_factory.mktemp("one-device"))
+
+
+@pytest.fixture(scope="module")
+def client(one_device: Ended) -> Iterator[Any]:
+    before = mlflow.get_tracking_uri()
+    uri = f"sqlite:///{one_device.folder}/runs/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    yield mlflow.MlflowClient(uri)
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def run(client: Any) -> Any:
+    """The one MLflow run of the training."""
+    experiment = client.get_experiment_by_name("blobs")
+    (found,) = client.search_runs([experiment.experiment_id])
+    return found
+
+
+@pytest.fixture(scope="module")
+def golden(one_device: Ended) -> dict[str, np.ndarray]:
+    """Raw inputs and the live model's answers."""
+    with np.load(one_device.run.golden) as arrays:
+        return dict(arrays)
 
 
 @dataclass(frozen=True)

@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import numpy as np
 import pytest
-import tensorflow as tf
 
 from orchestrator.track.mlflow_projection import sync
 from tests.cluster import rig
 from tests.cluster.conftest import answers, free_port
 from tests.cluster.rig import Ended
+from tests.track.rig import rows
 from tests.train.conftest import four_devices
 
 __all__ = ["four_devices"]  # TensorFlow is split before it is used, for the folders that follow
-
-BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def client(one_device: Ended) -> Iterator[Any]:
-    before = mlflow.get_tracking_uri()
-    uri = f"sqlite:///{one_device.folder}/runs/mlflow.db"
-    mlflow.set_tracking_uri(uri)
-    yield mlflow.MlflowClient(uri)
-    mlflow.set_tracking_uri(before)
-
-
-@pytest.fixture(scope="module")
-def run(client: Any) -> Any:
-    """The one MLflow run of the training."""
-    experiment = client.get_experiment_by_name("blobs")
-    (found,) = client.search_runs([experiment.experiment_id])
-    return found
-
-
-@pytest.fixture(scope="module")
-def golden(one_device: Ended) -> dict[str, np.ndarray]:
-    """Raw inputs and the live model's answers."""
-    with np.load(one_device.run.golden) as arrays:
-        return dict(arrays)
 
 
 def test_one_training_is_one_finished_run_with_params_and_tags(run: Any, one_device: Ended) -> None:
@@ -84,77 +52,11 @@ def test_data_configuration_plan_and_logs_are_there(run: Any, client: Any) -> No
     assert "logs/attempt-1/worker-0.log" in logs
 
 
-def test_the_logged_model_answers_raw_inputs(
-    run: Any, client: Any, golden: dict[str, np.ndarray]
-) -> None:
-    (output,) = run.outputs.model_outputs
-    model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
-    assert golden["inputs"].dtype == np.uint8
-    np.testing.assert_allclose(
-        model.predict(golden["inputs"]), golden["outputs"], rtol=1e-5, atol=1e-5
-    )
-    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 8)
-
-
-def test_the_saved_model_answers_without_any_of_this(
-    one_device: Ended, golden: dict[str, np.ndarray]
-) -> None:
-    model = tf.saved_model.load(str(one_device.run.saved_model_dir))
-    answer = model.signatures["serving_default"](inputs=tf.constant(golden["inputs"][:5]))
-    np.testing.assert_allclose(answer["outputs"], golden["outputs"][:5], rtol=1e-5, atol=1e-5)
-
-
-def test_mlflow_serves_the_model_with_the_printed_command(
-    one_device: Ended, golden: dict[str, np.ndarray]
-) -> None:
-    (line,) = [line for line in one_device.out.splitlines() if "mlflow models serve" in line]
-    port = free_port()
-    command = line.partition("serve")[2].strip().replace("-p 8080", f"-p {port}")
-    assert f"-p {port}" in command
-    server = subprocess.Popen(
-        ["bash", "-c", command.replace('"$PWD/.venv/bin:$PATH"', f'"{BIN}:$PATH"')],
-        cwd=one_device.folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        rig.wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), "the model server", 90)
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/invocations",
-            json.dumps({"inputs": golden["inputs"][:3].tolist()}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            predictions = json.load(response)["predictions"]
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-    np.testing.assert_allclose(predictions, golden["outputs"][:3], rtol=1e-4, atol=1e-4)
-
-
 def test_writing_the_record_again_changes_nothing(one_device: Ended) -> None:
-    before = rig.database(one_device.folder)
+    database = one_device.folder / "runs" / "mlflow.db"
+    before = rig.database(one_device.folder), rows(database)
     assert sync(one_device.run.root).missing == ""
-    assert rig.database(one_device.folder) == before
-
-
-def test_an_export_that_answers_otherwise_is_refused(one_device: Ended, tmp_path: Path) -> None:
-    export = tmp_path / "export"
-    subprocess.run(["cp", "-r", str(one_device.run.export_dir), str(export)], check=True)
-    with np.load(export / "golden.npz") as golden:
-        inputs, outputs = golden["inputs"], golden["outputs"]
-    # One thousandth of the largest answer: ten times what rounding explains.
-    np.savez(export / "golden.npz", inputs=inputs, outputs=outputs * 1.001)
-    script = rig.ROOT / "orchestrator" / "track" / "mlflow_model.py"
-    proving = subprocess.run(
-        [sys.executable, str(script), str(export)], cwd=tmp_path, capture_output=True, timeout=120
-    )
-    proof = json.loads((export / "proof.json").read_text())
-    assert proving.returncode == 1
-    assert proof["passed"] is False
-    assert "differs from the live model" in proof["error"]
-    assert not (export / "mlflow_model").exists()
+    assert (rig.database(one_device.folder), rows(database)) == before
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,9 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("run_name='a b'", ("run_name='a b'", "letters, digits")),
     ("run_name='a\nb'", (r"run_name='a\nb'", "letters, digits")),
     ("job.name=a/b", ("job.name='a/b'", "letters, digits")),
-    ("export.register=a/b", ("export.register=a/b", "/ nor :")),
+    ("export.register=a/b", ("export.register='a/b'", "/ nor :")),
+    ("export.register=a:b", ("export.register='a:b'", "/ nor :")),
+    ("export.alias=champion", ("export.alias=champion", "set export.register=NAME")),
     ("tracking.uri=file:///tmp/mlruns", ("tracking.uri=file:///tmp/mlruns", "sqlite:///")),
     ("tracking.uri=mlruns", ("tracking.uri=mlruns", "sqlite:///", "http://")),
     # The job's class and its arguments.
@@ -285,6 +287,9 @@ def test_a_mistake_is_told_with_value_rule_and_key(
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
+        (["export.register=a", "export.alias=a/b"], ("export.alias=a/b", "letters, digits")),
+        (["export.register=a", "export.alias=Latest"], ("export.alias=Latest", "neither `latest`")),
+        (["export.register=a", "export.alias=v3"], ("export.alias=v3", "such as v2")),
         (
             ["strategy=multi_worker", "cluster=inline"],
             ("cluster=inline", "strategy=multi_worker", "cluster=local", "strategy=mirrored"),

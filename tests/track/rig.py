@@ -100,6 +100,7 @@ def sqlite_uri(folder: Path) -> str:
 def rows(database: Path) -> dict[str, int]:
     """Count the rows of every table that a run could add to."""
     tables = ("runs", "metrics", "params", "tags", "datasets", "inputs", "logged_models")
+    tables += ("logged_model_metrics", "logged_model_params", "model_versions")
     with sqlite3.connect(database) as connection:
         counts = {t: connection.execute(f"select count(*) from {t}").fetchone()[0] for t in tables}
     connection.close()

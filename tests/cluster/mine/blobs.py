@@ -63,3 +63,24 @@ class Blobs(Job):
     def metrics(self, batch, outputs):
         hit = tf.argmax(outputs, axis=-1) == tf.cast(batch["y"], tf.int64)
         return {"accuracy": tf.cast(hit, tf.float32)}
+
+
+class Faulty(Blobs):
+    """Serves another model than it trains."""
+
+    def __init__(self, fault="", delay_ms=0.0, fail=""):
+        super().__init__(delay_ms, fail)
+        self.fault = fault
+        self.scale = tf.Variable(2.0)
+
+    def serve(self, model, inputs):
+        x = tf.cast(inputs, tf.float32) / (1.0 if self.fault == "raw" else 255.0)
+        if self.fault == "dropout":
+            return model(x, training=True)
+        if self.fault == "frozen":
+            x = tf.ensure_shape(x, [64, 8])
+        if self.fault == "layers":
+            for layer in model.layers:
+                x = layer(x, training=True)
+            return x
+        return model(x, training=False) * (self.scale if self.fault == "untracked" else 1.0)
