@@ -23,8 +23,7 @@ job = $(if $(conf),job=$(call quote,$(conf)))
 stale := $(shell [ ! -d .venv ] || { [ ! -e .venv/.unfinished ] && [ -x $(python) ] && \
     [ "$$(cat .venv/.location 2>/dev/null)" = "$$(pwd -P)" ]; } || echo stale)
 
-.PHONY: help setup train up down plan doctor config verify chaos sweep ui serve submit runs test bench lint types lock \
-    clean FORCE
+.PHONY: help setup train up down plan doctor config verify chaos sweep ui serve submit runs test bench lint types lock clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## Print these lines
