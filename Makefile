@@ -35,7 +35,7 @@ setup: .venv/.stamp-$(device) ## Prepare .venv (device=cpu|gpu); the others do s
 train: .venv/.stamp-$(device) ## Train a job: conf=mnist args="strategy.num_workers=2"
 	$(orchestrator) train $(job) $(args)
 
-up: .venv/.stamp-$(device) ## Keep a local Ray and TensorFlow at hand: train then begins in a breath
+up: .venv/.stamp-$(device) ## Keep a local Ray at hand: train then begins in a breath
 	$(orchestrator) up $(args)
 
 down: .venv/.stamp-$(device) ## End what `make up` keeps

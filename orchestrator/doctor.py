@@ -10,6 +10,7 @@ import contextlib
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,6 @@ from orchestrator.signals import Stops
 from orchestrator.spec.config import flatten, load_config
 from orchestrator.spec.describe import headline
 from orchestrator.spec.host import local_host
-from orchestrator.spec.memory import bytes_text
 from orchestrator.spec.plan import Host, RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.secrets import mask_text
@@ -39,8 +39,6 @@ from orchestrator.spec.secrets import mask_text
 _LOOPBACK = "127.0.0.1"
 # Data that has to be fetched first may take long: a start would wait for it as well.
 _REHEARSAL_S = 60.0
-_LARGE_UPLOAD_BYTES = 50 * 2**20
-_SHOWN_PARTS = 8
 # Of preflight: they try things in the run folder.
 _IN_FOLDER = ("run folder", "disk")
 
@@ -206,25 +204,13 @@ def _upload(config: RunConfig, *, is_reached: bool) -> list[str | Finding]:
         return ["nothing: workers run here"]
     if not is_reached:
         return ["unknown: no cluster was reached"]
-    from orchestrator.control.ray_upload import uploaded
+    from orchestrator.control.ray_join import has_upload
+    from orchestrator.control.upload import stage
 
-    sizes = uploaded()
-    if not sizes:
+    if not has_upload():
         return ["nothing: the nodes see this checkout, or it was brought by the job"]
-    total = sum(sizes.values())
-    largest = sorted(sizes, key=lambda part: -sizes[part])
-    shown = ", ".join(f"{part} {bytes_text(sizes[part])}" for part in largest[:_SHOWN_PARTS])
-    said: list[str | Finding] = [f"{bytes_text(total)}: {shown}"]
-    if total > _LARGE_UPLOAD_BYTES:
-        said.append(
-            Finding(
-                f"{bytes_text(total)} are uploaded to every node, {largest[0]} alone "
-                f"{bytes_text(sizes[largest[0]])}",
-                "each start waits for that",
-                "name what nodes do not need in .rayignore",
-            )
-        )
-    return said
+    with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
+        return [str(stage(Path(folder), None))]
 
 
 def _from_environment(notice: str) -> Finding:

@@ -23,14 +23,12 @@ from orchestrator.control.ray_start import (
     leave_out_serializers,
     signal_handlers_kept,
 )
+from orchestrator.control.upload import stage
 from orchestrator.errors import ClusterError
 from orchestrator.spec.plan import Host
 from orchestrator.spec.schema import ClusterConfig, Code
 
 _CONNECT_TIMEOUT_S = 5.0
-PROJECT_DIR = str(Path(__file__).resolve().parents[2])
-# What an upload to other nodes leaves behind.
-NOT_UPLOADED = [".git", ".venv", "data", "runs", "**/__pycache__", ".pytest_cache", ".*_cache"]
 
 
 def join(config: ClusterConfig) -> Host:
@@ -46,11 +44,13 @@ def join(config: ClusterConfig) -> Host:
         _join(address)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     others = [node for node in nodes if node["NodeManagerAddress"] not in _own_addresses()]
-    is_uploaded = "RAY_JOB_ID" in os.environ or config.code is Code.installed or _has_upload()
+    is_uploaded = "RAY_JOB_ID" in os.environ or config.code is Code.installed or has_upload()
     if others and not is_uploaded:
         # Other nodes do not see this checkout; a submitted job has brought its own upload.
         ray.shutdown()
-        _join(config.address or "auto", upload=PROJECT_DIR)
+        with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
+            stage(Path(folder), None)
+            _join(config.address or "auto", upload=folder)
     nodes = [node for node in nodes if may_hold_workers(node, config)] or nodes
     cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
     gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
@@ -79,7 +79,7 @@ def join_kept(kept: Kept) -> None:
 
 
 def _join(address: str, upload: str | None = None, node_ip: str | None = None) -> None:
-    environment = {"working_dir": upload, "excludes": NOT_UPLOADED} if upload else None
+    environment = {"working_dir": upload} if upload else None
     with tempfile.TemporaryFile() as chatter:
         try:
             with signal_handlers_kept(), standard_error_in(chatter):
@@ -139,7 +139,8 @@ def _own_addresses() -> set[str]:
     return {LOOPBACK, "localhost", ray.util.get_node_ip_address()}
 
 
-def _has_upload() -> bool:
+def has_upload() -> bool:
+    """Tell whether this driver has brought the project to the nodes."""
     return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
 
 
