@@ -5,15 +5,17 @@
     train/     THE STEP: model, data, gradients, checkpoints       TensorFlow and Keras
     track/     THE RECORD: journal, MLflow as its projection       MLflow, only in mlflow_*.py
 
-Above the folders, what knows several of them: a file for each command, and what commands share.
+Above these, what knows several of them: files for `train` and the small commands, a folder for
+each large one.
 
     __main__.py   the command line: compose, plan, then print or launch; exit codes
     driver.py training.py                         `train`: overrides -> plan; one start of a run
     runs.py lease.py resumption.py job_code.py    which run a command goes on with, and from where
     signals.py patience.py guardian.py            how a run ends: asked, out of disk, killed
-    screen.py summary.py listing.py comparison.py what is said of runs
-    verify*.py verdict.py   chaos*.py   sweep*.py   doctor*.py duration.py   the other commands
-    conversion.py weights.py   keeping.py   runs_command.py   serving.py
+    screen*.py terminal.py summary.py             what is said of a run while it goes on
+    runs_command.py listing.py status.py logs.py stopping.py asking.py comparison.py    `runs`
+    conversion.py weights.py   keeping.py   serving.py      `weights`   `up` and `down`   `serve`
+    verify/   chaos/   sweep/   doctor/                     the commands of these names
 
 The flow, one arrow per boundary:
 

@@ -154,7 +154,7 @@ def _plan(overrides: list[str], config_dir: Path | None) -> int:
 
 
 def _doctor(overrides: list[str], config_dir: Path | None) -> int:
-    from orchestrator.doctor import doctor
+    from orchestrator.doctor.run import doctor
 
     return _found(doctor(overrides, config_dir, Path.cwd()), "a problem was found")
 
@@ -167,19 +167,19 @@ def _config(overrides: list[str], config_dir: Path | None) -> int:
 
 
 def _verify(overrides: list[str], config_dir: Path | None) -> int:
-    from orchestrator.verify import verify
+    from orchestrator.verify.run import verify
 
     return _found(verify(overrides, config_dir, Path.cwd()))
 
 
 def _chaos(overrides: list[str], config_dir: Path | None) -> int:
-    from orchestrator.chaos import chaos
+    from orchestrator.chaos.run import chaos
 
     return _found(chaos(overrides, config_dir, Path.cwd()))
 
 
 def _sweep(overrides: list[str], config_dir: Path | None) -> int:
-    from orchestrator.sweep import sweep
+    from orchestrator.sweep.run import sweep
 
     return _found(sweep(overrides, config_dir, Path.cwd()))
 

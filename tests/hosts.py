@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import chaos_hosts
-from orchestrator.chaos_netns import why_not_here
+from orchestrator.chaos import hosts as chaos_hosts
+from orchestrator.chaos.netns import why_not_here
 from tests.cluster.rig import ROOT
 
 

@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class FaultName(Enum):
-    """What `chaos` can do to a run; the objects that do it are in chaos_faults.py."""
+    """What `chaos` can do to a run; the objects that do it are in chaos/faults.py."""
 
     kill = "kill"
     kill_chief = "kill_chief"

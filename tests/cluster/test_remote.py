@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.chaos_hosts import HEALTH_CHECKS
-from orchestrator.chaos_netns import why_not_here
+from orchestrator.chaos.hosts import HEALTH_CHECKS
+from orchestrator.chaos.netns import why_not_here
 from orchestrator.spec.paths import RunPaths
 from tests.cluster import rig
 from tests.hosts import Hosts

@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from orchestrator.chaos_command import Command
+from orchestrator.chaos.command import Command
 from orchestrator.control.agent import Agent
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.process_group import ProcessGroup

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.chaos import chaos, why_no_hosts
-from orchestrator.chaos_netns import why_not_here
+from orchestrator.chaos.netns import why_not_here
+from orchestrator.chaos.run import chaos, why_no_hosts
 from orchestrator.control import folders, worker_process
 from orchestrator.control.launcher import Zygote
 from orchestrator.errors import ConfigError, ExitCode

@@ -16,7 +16,7 @@ from orchestrator.control.launcher import Zygote
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.spec.config import load_config
 from orchestrator.spec.schema import OptimizerName
-from orchestrator.verify import verify, verify_with
+from orchestrator.verify.run import verify, verify_with
 
 ROOT = Path(__file__).parents[2]
 MINE = Path(__file__).parent / "mine"

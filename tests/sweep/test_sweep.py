@@ -13,11 +13,11 @@ from orchestrator.errors import ConfigError
 from orchestrator.spec.config import load_kept
 from orchestrator.spec.paths import SweepPaths
 from orchestrator.spec.schema import BestConfig, BestMode
-from orchestrator.sweep_folder import Child, Sweep, find_sweep, read_sweep, write_sweep
-from orchestrator.sweep_freeze import freeze_sweep
-from orchestrator.sweep_halving import is_behind, rungs, value_at
-from orchestrator.sweep_state import keep_stopped, states_of
-from orchestrator.sweep_table import best_of, csv_table, markdown, text_table
+from orchestrator.sweep.folder import Child, Sweep, find_sweep, read_sweep, write_sweep
+from orchestrator.sweep.freeze import freeze_sweep
+from orchestrator.sweep.halving import is_behind, rungs, value_at
+from orchestrator.sweep.state import keep_stopped, states_of
+from orchestrator.sweep.table import best_of, csv_table, markdown, text_table
 from orchestrator.track.journal import Journal
 
 OVERRIDES = ["job=small", "optimizer.learning_rate=1e-3,1e-2"]

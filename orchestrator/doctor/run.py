@@ -24,9 +24,9 @@ from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.rehearsal import RehearsalProcess
 from orchestrator.control.resource_checks import RESOURCE_CHECKS
 from orchestrator.control.survey import Survey
-from orchestrator.doctor_report import Report
+from orchestrator.doctor.duration import expected_duration
+from orchestrator.doctor.report import Report
 from orchestrator.driver import clean_environment
-from orchestrator.duration import expected_duration
 from orchestrator.errors import ClusterError, ConfigError, ExitCode, StorageError
 from orchestrator.signals import Stops
 from orchestrator.spec.config import flatten, load_config

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from orchestrator.chaos_netns import NAME, do, sweep, tried
+from orchestrator.chaos.netns import NAME, do, sweep, tried
 from orchestrator.errors import ClusterError
 
 _GCS_PORT = 6379

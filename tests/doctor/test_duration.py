@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.duration import expected_duration
+from orchestrator.doctor.duration import expected_duration
 from orchestrator.spec.config import flatten
 from orchestrator.track.journal import Journal
 from tests.plans import tiny_plan

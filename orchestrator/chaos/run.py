@@ -3,7 +3,7 @@
 All runs are the real train command in a process of its own, paced so that faults fall between
 steps. A fault is injected when the one before it is over; its moment is a step drawn from
 `chaos.seed`. Faults that strike a host are injected in a third run, whose workers are on hosts of
-their own (chaos_hosts.py). What is compared, and how, is in chaos_judge.py.
+their own (hosts.py). What is compared, and how, is in judge.py.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.chaos_command import Command
-from orchestrator.chaos_faults import FAULTS
-from orchestrator.chaos_netns import why_not_here
-from orchestrator.chaos_scene import Fault
-from orchestrator.chaos_storm import Row
-from orchestrator.chaos_table import Certificate, lines, write_report
-from orchestrator.chaos_trial import MakeCommand, Trial, ready, tell_row
+from orchestrator.chaos.command import Command
+from orchestrator.chaos.faults import FAULTS
+from orchestrator.chaos.netns import why_not_here
+from orchestrator.chaos.scene import Fault
+from orchestrator.chaos.storm import Row
+from orchestrator.chaos.table import Certificate, lines, write_report
+from orchestrator.chaos.trial import MakeCommand, Trial, ready, tell_row
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.runs import merge_overrides
 from orchestrator.spec.chaos import FaultName

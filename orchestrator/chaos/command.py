@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from orchestrator.chaos_hosts import Hosts
+from orchestrator.chaos.hosts import Hosts
 from orchestrator.errors import StorageError
 from orchestrator.runs import merge_overrides
 from orchestrator.spec.config import PROJECT_DIR

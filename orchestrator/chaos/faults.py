@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import chaos_host_faults
-from orchestrator.chaos_delays import delays, longest
-from orchestrator.chaos_scene import Ends, Fault, NotRun, Scene
+from orchestrator.chaos import host_faults
+from orchestrator.chaos.delays import delays, longest
+from orchestrator.chaos.scene import Ends, Fault, NotRun, Scene
 from orchestrator.control.processes import Process
 from orchestrator.spec.chaos import FaultName
 from orchestrator.track.journal import read
@@ -226,16 +226,16 @@ _FAULTS = (
     ),
     Fault(
         FaultName.node_loss,
-        chaos_host_faults.lose,
-        after=chaos_host_faults.give_back,
+        host_faults.lose,
+        after=host_faults.give_back,
         promised_s=2.0,
         num_steps=_HOST_STEPS,
         needs_hosts=True,
     ),
     Fault(
         FaultName.cut,
-        chaos_host_faults.cut,
-        after=chaos_host_faults.heal,
+        host_faults.cut,
+        after=host_faults.heal,
         promised_s=5.0,
         num_steps=_HOST_STEPS,
         needs_hosts=True,

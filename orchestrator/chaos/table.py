@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.chaos_judge import Difference
-from orchestrator.chaos_storm import Row
+from orchestrator.chaos.judge import Difference
+from orchestrator.chaos.storm import Row
 
 _HEADER = ("fault", "at step", "seen", "fenced", "resumed", "lost", "")
 _TITLE = """# Reliability

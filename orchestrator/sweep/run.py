@@ -21,17 +21,17 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.plan import tracking_store
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.sweep import sweep_rules
-from orchestrator.sweep_folder import (
+from orchestrator.sweep.folder import (
     Sweep,
     find_sweep,
     own_overrides,
     typed_runs_dir,
 )
-from orchestrator.sweep_freeze import freeze_sweep
-from orchestrator.sweep_halving import is_behind, rank, rungs, value_at
-from orchestrator.sweep_record import SweepRecord
-from orchestrator.sweep_screen import SweepScreen
-from orchestrator.sweep_state import (
+from orchestrator.sweep.freeze import freeze_sweep
+from orchestrator.sweep.halving import is_behind, rank, rungs, value_at
+from orchestrator.sweep.record import SweepRecord
+from orchestrator.sweep.screen import SweepScreen
+from orchestrator.sweep.state import (
     ChildState,
     has_ended,
     keep_stopped,
@@ -39,7 +39,7 @@ from orchestrator.sweep_state import (
     states_of,
     stop_child,
 )
-from orchestrator.sweep_table import metric_of
+from orchestrator.sweep.table import metric_of
 from orchestrator.terminal import figure
 
 _POLL_S = 0.2
@@ -75,7 +75,7 @@ def sweep(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
             guarded(
                 RunPaths(found.paths.root),
                 *tracking_store(config, found.cwd),
-                module="orchestrator.sweep_guardian",
+                module="orchestrator.sweep.guardian",
             )
         )
         return Sweeping(found, config, stops).run(is_first=is_first)

@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 
 from orchestrator.spec.schema import BestConfig, BestMode
-from orchestrator.sweep_folder import Sweep
-from orchestrator.sweep_state import ChildState
+from orchestrator.sweep.folder import Sweep
+from orchestrator.sweep.state import ChildState
 from orchestrator.terminal import duration, figure
 
 

@@ -21,7 +21,7 @@ from orchestrator.spec.plan import Host, RunPlan
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.variants import Comparison, Variant, variant_plan
 from orchestrator.train import store
-from orchestrator.verdict import Differences, Trace
+from orchestrator.verify.verdict import Differences, Trace
 
 _DIFFERENCE = PROJECT_DIR / "orchestrator" / "train" / "difference.py"
 _DIFFERENCE_TIMEOUT_S = 300.0

@@ -1,6 +1,6 @@
 """The process of one child of a sweep: the train command on a configuration that was frozen.
 
-    python -m orchestrator.sweep_child SWEEP_FOLDER CHILD
+    python -m orchestrator.sweep.child SWEEP_FOLDER CHILD
 
 Whoever starts it keeps the other end of its standard input open. When that breaks, as the sweep
 has died, the child saves and stops; the same sweep command resumes it.
@@ -20,7 +20,7 @@ from orchestrator.__main__ import told
 from orchestrator.driver import train
 from orchestrator.spec.config import load_kept
 from orchestrator.spec.schema import RunConfig
-from orchestrator.sweep_folder import read_sweep
+from orchestrator.sweep.folder import read_sweep
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from orchestrator.spec.messages import Substituted
 from orchestrator.spec.schema import Compile, OptimizerName, Precision, RunConfig, ScheduleName
 from orchestrator.spec.variants import Comparison, Variant
-from orchestrator.verdict import Verdict
+from orchestrator.verify.verdict import Verdict
 
 _HEADER = (
     "largest difference from one device",

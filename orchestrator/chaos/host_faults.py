@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from orchestrator.chaos_hosts import Hosts
-from orchestrator.chaos_scene import NotRun, Scene, all_gone
+from orchestrator.chaos.hosts import Hosts
+from orchestrator.chaos.scene import NotRun, Scene, all_gone
 from orchestrator.train import store
 
 # After this, whoever was cut off has heard nothing from the driver for cluster.driver_silence_s.

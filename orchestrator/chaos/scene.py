@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from orchestrator.chaos_command import Command, Server
-from orchestrator.chaos_hosts import Hosts
-from orchestrator.chaos_watch import Watch
+from orchestrator.chaos.command import Command, Server
+from orchestrator.chaos.hosts import Hosts
+from orchestrator.chaos.watch import Watch
 from orchestrator.control.processes import Process
 from orchestrator.spec.chaos import FaultName
 from orchestrator.spec.paths import RunPaths

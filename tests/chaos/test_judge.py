@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.chaos_command import Command
-from orchestrator.chaos_delays import delays, longest
-from orchestrator.chaos_faults import FAULTS
-from orchestrator.chaos_host_faults import late_files
-from orchestrator.chaos_judge import Difference, Left, judge
-from orchestrator.chaos_scene import Scene
-from orchestrator.chaos_storm import Row
-from orchestrator.chaos_table import Certificate, lines, write_report
-from orchestrator.chaos_watch import Watch
+from orchestrator.chaos.command import Command
+from orchestrator.chaos.delays import delays, longest
+from orchestrator.chaos.faults import FAULTS
+from orchestrator.chaos.host_faults import late_files
+from orchestrator.chaos.judge import Difference, Left, judge
+from orchestrator.chaos.scene import Scene
+from orchestrator.chaos.storm import Row
+from orchestrator.chaos.table import Certificate, lines, write_report
+from orchestrator.chaos.watch import Watch
 from orchestrator.spec.chaos import FaultName
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import Journal

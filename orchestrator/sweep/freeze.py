@@ -21,7 +21,7 @@ from orchestrator.spec.paths import SWEEPS, SweepPaths
 from orchestrator.spec.plan import Host, RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.sweep import children_at_once, refuse_given, refuse_swept
-from orchestrator.sweep_folder import (
+from orchestrator.sweep.folder import (
     Child,
     Sweep,
     find_sweep,

@@ -33,9 +33,9 @@ from orchestrator.spec.variants import (
     uneven_replicas,
 )
 from orchestrator.train import store
-from orchestrator.verdict import Verdict, judge, still_variables
-from orchestrator.verify_runs import Run, Runs
-from orchestrator.verify_table import substitutions, table
+from orchestrator.verify.runs import Run, Runs
+from orchestrator.verify.table import substitutions, table
+from orchestrator.verify.verdict import Verdict, judge, still_variables
 
 _NORM_STEPS = 5
 

@@ -17,7 +17,7 @@ from orchestrator.listing import Listed
 from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.schema import BestConfig, BestMode
-from orchestrator.sweep_folder import Child, Sweep
+from orchestrator.sweep.folder import Child, Sweep
 from orchestrator.track.journal import Journal, Reader, read
 
 
@@ -138,7 +138,7 @@ def start_child(sweep: Sweep, state: ChildState) -> None:
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as output:
         state.process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.sweep_child", str(sweep.paths.root), child.name],
+            [sys.executable, "-m", "orchestrator.sweep.child", str(sweep.paths.root), child.name],
             cwd=sweep.cwd,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
             stdin=subprocess.PIPE,

@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.text import Text
 
 from orchestrator.spec.schema import BestConfig
-from orchestrator.sweep_folder import Sweep, values_text
-from orchestrator.sweep_state import ChildState, last_words
-from orchestrator.sweep_table import metric_of, text_table
+from orchestrator.sweep.folder import Sweep, values_text
+from orchestrator.sweep.state import ChildState, last_words
+from orchestrator.sweep.table import metric_of, text_table
 from orchestrator.terminal import SafeStream, can_draw, duration, figure, printable
 
 _REFRESH_S = 0.5

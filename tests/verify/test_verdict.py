@@ -10,7 +10,7 @@ import pytest
 from orchestrator.spec.messages import BlockDone
 from orchestrator.spec.schema import OptimizerConfig, OptimizerName, Precision
 from orchestrator.spec.variants import Comparison
-from orchestrator.verdict import Differences, Trace, judge, still_variables
+from orchestrator.verify.verdict import Differences, Trace, judge, still_variables
 
 WEIGHT, BIAS = "model/0:dense/kernel", "model/1:dense/bias"
 MOMENTUM = "optimizer/all/3:adam/dense_bias_momentum"

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.chaos_command import Command, OnHosts, Server
-from orchestrator.chaos_hosts import Hosts
-from orchestrator.chaos_judge import Difference, Left, judge
-from orchestrator.chaos_scene import Fault, Scene
-from orchestrator.chaos_storm import Row, Storm
-from orchestrator.chaos_watch import Watch
+from orchestrator.chaos.command import Command, OnHosts, Server
+from orchestrator.chaos.hosts import Hosts
+from orchestrator.chaos.judge import Difference, Left, judge
+from orchestrator.chaos.scene import Fault, Scene
+from orchestrator.chaos.storm import Row, Storm
+from orchestrator.chaos.watch import Watch
 from orchestrator.errors import ExitCode, OrchestratorError
 from orchestrator.runs import merge_overrides
 from orchestrator.spec.chaos import FaultName

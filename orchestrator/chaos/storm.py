@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.chaos_scene import Ends, Fault, NotRun, Scene
+from orchestrator.chaos.scene import Ends, Fault, NotRun, Scene
 from orchestrator.control.processes import Process
 
 # A first checkpoint, or a first step of a new attempt, may take as long as a start.

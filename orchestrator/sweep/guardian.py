@@ -13,9 +13,9 @@ from orchestrator.guardian import GRACE_S, held
 from orchestrator.spec.config import load_kept
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.secrets import mask_text
-from orchestrator.sweep_folder import read_sweep
-from orchestrator.sweep_record import facts_of
-from orchestrator.sweep_state import states_of
+from orchestrator.sweep.folder import read_sweep
+from orchestrator.sweep.record import facts_of
+from orchestrator.sweep.state import states_of
 from orchestrator.track.mlflow_sweep import end_parent
 
 

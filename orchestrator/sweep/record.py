@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from orchestrator.provenance import provenance
 from orchestrator.spec.plan import tracking_store
 from orchestrator.spec.schema import RunConfig
-from orchestrator.sweep_folder import Sweep, values_text
-from orchestrator.sweep_state import ChildState
-from orchestrator.sweep_table import best_of, csv_table, markdown, metric_of
+from orchestrator.sweep.folder import Sweep, values_text
+from orchestrator.sweep.state import ChildState
+from orchestrator.sweep.table import best_of, csv_table, markdown, metric_of
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.mlflow_sweep import Ending, ParentRun
 from orchestrator.track.sweep_plot import Curve, draw_curves

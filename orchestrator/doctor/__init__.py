@@ -1,0 +1,1 @@
+"""All that can be checked before a step is run: `make doctor`."""

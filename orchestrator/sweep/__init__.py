@@ -1,0 +1,1 @@
+"""Many runs of one job with other values: `make sweep`."""
