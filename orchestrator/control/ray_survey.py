@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.control.links import Link, rounds
 from orchestrator.control.node_facts import NodeFacts, Port
-from orchestrator.control.ray_nodes import bundle_of, host_name, living_nodes
+from orchestrator.control.ray_nodes import bundle_of, host_name, living_nodes, may_hold_workers
 from orchestrator.control.ray_places import Places
 from orchestrator.control.scout import Scout, leave_mark, unseen
 from orchestrator.control.survey import DRIVER, Clock, Survey
@@ -118,7 +118,11 @@ class RaySurvey:
     def _place(self) -> tuple[dict[int, str], str]:
         """Let Ray place the workers, and give the places back."""
         limit_s = min(_PLACES_S, self._plan.config.cluster.start_timeout_s)
-        places = Places(dataclasses.replace(self._plan.config.cluster, start_timeout_s=limit_s))
+        # A run may queue, the doctor does not.
+        cluster = dataclasses.replace(
+            self._plan.config.cluster, start_timeout_s=limit_s, queue_s=0.0
+        )
+        places = Places(cluster)
         try:
             places.take(self._plan, frozenset())
             return places.node_ids(), ""
@@ -241,6 +245,7 @@ def _candidates(plan: RunPlan) -> dict[str, dict[str, Any]]:
     fitting = {
         name: node
         for name, node in nodes.items()
-        if all(node["Resources"].get(kind, 0) >= amount for kind, amount in bundle.items())
+        if may_hold_workers(node, plan.config.cluster)
+        and all(node["Resources"].get(kind, 0) >= amount for kind, amount in bundle.items())
     }
     return fitting or nodes
