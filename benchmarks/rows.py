@@ -31,7 +31,7 @@ class Row:
     figure: str
     ours: Side
     other: Side
-    seconds: float = 6.0
+    seconds: float = 5.5
     least_seconds: float = 0.0
 
     @property
