@@ -46,4 +46,21 @@ def _first_use(uri: str) -> Iterator[None]:
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(f"{database.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists():
+            _make(database)
         yield
+
+
+def _make(database: Path) -> None:
+    """Make a SQLite file aside, so that it appears with all its tables or not at all.
+
+    MLflow makes them by a chain of migrations, which takes seconds. Killed in the middle, they
+    cannot be taken up again: "table _alembic_tmp_experiments already exists" (mlflow 3.17).
+    """
+    import mlflow
+
+    aside = database.with_name(f"{database.name}.new")
+    for left in (aside, aside.with_name(f"{aside.name}-journal")):
+        left.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+    aside.replace(database)

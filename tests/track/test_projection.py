@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from orchestrator.errors import StorageError
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Journal, read
 from orchestrator.track.mlflow_projection import Projection, Report, check, sync
+from tests.cluster.rig import wait_for
 from tests.track import rig
 
 RUN_TAG = "orchestrator.run"
@@ -264,6 +266,37 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
     subprocess.run([sys.executable, "-c", code, *map(str, roots)], check=True, timeout=120)
     assert rig.rows(tmp_path / "mlflow.db")["runs"] == 8
+
+
+def test_a_process_killed_while_it_makes_the_database_leaves_none(
+    root: Path, tmp_path: Path
+) -> None:
+    facts = rig.make_facts(root, rig.sqlite_uri(tmp_path))
+    rig.write(root, *whole_run(facts))
+    code = (
+        "import sys; from orchestrator.track.mlflow_client import open_client;"
+        "open_client(sys.argv[1], 5.0)"
+    )
+    making = subprocess.Popen([sys.executable, "-c", code, rig.sqlite_uri(tmp_path)])
+    try:
+        # Some tables are made, and more are to come.
+        wait_for(lambda: num_tables(tmp_path / "mlflow.db.new") > 3, "the first tables")
+    finally:
+        making.kill()
+        making.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert sync(root).missing == ""
+    assert rig.rows(tmp_path / "mlflow.db")["runs"] == 1
+    assert not (tmp_path / "mlflow.db.new").exists()
+
+
+def num_tables(database: Path) -> int:
+    """Return how many tables a database has; 0 where it is not there or just written."""
+    try:
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+            return int(connection.execute("select count(*) from sqlite_master").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
 
 
 def test_a_database_that_cannot_be_used_is_reported_and_stops_nothing(
