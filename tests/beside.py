@@ -4,7 +4,8 @@
 
 The second process writes what pytest knows of each test into a file; this one takes it from there
 between its own tests, so that counts, failures and durations are told once, at the end. Tests below
-`--alone` begin when nothing runs beside them any more: those that take the time.
+`--alone` begin when nothing runs beside them any more: those that take the time. That order is why
+it is not pytest-xdist, which hands out tests to whoever is free.
 """
 
 from __future__ import annotations
