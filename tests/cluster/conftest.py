@@ -26,7 +26,8 @@ from tests.cluster.rig import ROOT, Ended, train, wait_for
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """A finished run on one device with a registered model; nobody changes its folder."""
     registered = ("export.register=blobs", "export.alias=champion")
-    return train(*registered, cwd=tmp_path_factory.mktemp("one-device"))
+    sampled = "tracking.system_metrics_every_s=0.5"  # it ends soon
+    return train(*registered, sampled, cwd=tmp_path_factory.mktemp("one-device"))
 
 
 @pytest.fixture(scope="module")
