@@ -17,13 +17,13 @@ from orchestrator.control import holding, kept
 from orchestrator.control.holding import Hold
 from orchestrator.control.kept import Kept
 from orchestrator.errors import ClusterError, ConfigError, ExitCode
+from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.environment import inspect_for
 from orchestrator.spec.host import local_host
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName, RunConfig
 
 DEFAULT_IDLE_S = 3600.0
-_PROJECT_DIR = str(Path(__file__).resolve().parents[1])
 _START_TIMEOUT_S = 180.0
 _ANSWER_S = 5.0
 _END_S = 15.0
@@ -178,7 +178,7 @@ def _start(path: Path, idle_s: float) -> subprocess.Popen[bytes]:
         "surroundings": kept.surroundings(environ),
         "variables": sorted(environ),
     }
-    own_path = os.pathsep.join(filter(None, [_PROJECT_DIR, environ.get("PYTHONPATH")]))
+    own_path = os.pathsep.join(filter(None, [str(PROJECT_DIR), environ.get("PYTHONPATH")]))
     descriptor = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as log:
         keeper = subprocess.Popen(

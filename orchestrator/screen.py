@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from orchestrator.console import open_console, open_live
 from orchestrator.screen_state import Line, ScreenState, Tone, WorkerRow, progress_text
 from orchestrator.spec.messages import Message, Phase
 from orchestrator.terminal import (
@@ -100,16 +101,7 @@ class Screen:
         self._stream = SafeStream(sys.stdout if stream is None else stream)
         self._log = LogFile(log)
         drawing = can_draw(self._stream, os.environ)
-        self._console = Console(
-            file=cast("IO[str]", self._stream),
-            force_terminal=drawing,
-            color_system="auto" if drawing else None,
-            width=width,
-            markup=False,
-            highlight=False,
-            emoji=False,
-            soft_wrap=False,
-        )
+        self._console = open_console(self._stream, drawing=drawing, width=width)
         self.state = ScreenState(total_steps, global_batch_size, clock)
         self._lock = threading.RLock()
         self._last_print_s = 0.0
@@ -117,14 +109,7 @@ class Screen:
         self._print_header(header)
         self._live: Live | None = None
         if drawing:
-            self._live = Live(
-                console=self._console,
-                get_renderable=self._draw,
-                auto_refresh=False,
-                redirect_stdout=False,
-                redirect_stderr=False,
-                transient=True,
-            )
+            self._live = open_live(self._console, self._draw)
             self._live.start()
         self._closed = threading.Event()
         if refresh:

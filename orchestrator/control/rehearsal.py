@@ -7,13 +7,12 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 from orchestrator.control.launcher import TENSORFLOW_ENV
+from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.footprint import Rehearsal
 from orchestrator.spec.plan import RunPlan
 
-_PROJECT_DIR = str(Path(__file__).resolve().parents[2])
 _SHOWN_LINES = 3
 # What may change what TensorFlow does; workers do without it too.
 _UNSET = ("TF_CONFIG", "TF_USE_LEGACY_KERAS")
@@ -73,7 +72,7 @@ def rehearse(plan: RunPlan, *, with_model: bool, limit_s: float) -> Rehearsal:
 
 def _environment(plan: RunPlan) -> dict[str, str]:
     inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    paths = dict.fromkeys([*plan.config.code_dirs, _PROJECT_DIR, *inherited, *sys.path[1:]])
+    paths = dict.fromkeys([*plan.config.code_dirs, str(PROJECT_DIR), *inherited, *sys.path[1:]])
     env = {name: value for name, value in os.environ.items() if name not in _UNSET}
     env |= {**TENSORFLOW_ENV, "CUDA_VISIBLE_DEVICES": "-1"}
     return env | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

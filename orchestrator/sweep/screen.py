@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import IO, cast
+from typing import IO
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from orchestrator.console import open_console, open_live
 from orchestrator.spec.schema import BestConfig
 from orchestrator.sweep.folder import Sweep, values_text
 from orchestrator.sweep.state import ChildState, last_words
@@ -51,24 +52,10 @@ class SweepScreen:
         self._clock = clock
         self._lock = threading.Lock()
         drawing = can_draw(self._stream, os.environ)
-        self._console = Console(
-            file=cast("IO[str]", self._stream),
-            force_terminal=drawing,
-            color_system="auto" if drawing else None,
-            markup=False,
-            highlight=False,
-            emoji=False,
-        )
+        self._console = open_console(self._stream, drawing=drawing)
         self._live: Live | None = None
         if drawing:
-            self._live = Live(
-                console=self._console,
-                get_renderable=self._draw,
-                auto_refresh=False,
-                redirect_stdout=False,
-                redirect_stderr=False,
-                transient=True,
-            )
+            self._live = open_live(self._console, self._draw)
         self._drawn_s = self._told_s = clock()
 
     def __enter__(self) -> SweepScreen:
