@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from orchestrator.errors import ConfigError, ExitCode, OrchestratorError
+from orchestrator.errors import ConfigError, ExitCode, OrchestratorError, interruptions
 
 _VERBS = {
     "train": "train a job: train job=mnist strategy=multi_worker strategy.num_workers=2",
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
 def told(act: Callable[[], int]) -> int:
     """Do what a process is for; tell an error in the user's words and return its exit code."""
     try:
-        return act()
+        with interruptions():
+            return act()
     except OrchestratorError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

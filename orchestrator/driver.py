@@ -20,7 +20,7 @@ from orchestrator.control.launcher import TENSORFLOW_ENV, Zygote, standard_error
 from orchestrator.control.preflight import run_checks
 from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.scratch import scratch_folder
-from orchestrator.errors import ExitCode, OrchestratorError, StorageError
+from orchestrator.errors import ExitCode, OrchestratorError, StorageError, interruptions
 from orchestrator.guardian import guarded
 from orchestrator.job_code import job_sources, keep_code
 from orchestrator.keeping import hold_for
@@ -78,7 +78,8 @@ def train(
     stops = Stops()
     with stops:
         try:
-            return _train(overrides, config_dir, cwd, load, stops, start)
+            with interruptions():
+                return _train(overrides, config_dir, cwd, load, stops, start)
         except KeyboardInterrupt:
             when = "at once" if stops.is_hurried else "before the run had begun"
             print(f"ended {when}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from enum import IntEnum
 
 
@@ -28,6 +30,37 @@ class Interrupted(KeyboardInterrupt):
     Ray 2.60 turns whatever a signal handler raises while it waits into KeyboardInterrupt: catch
     that.
     """
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[None]:
+    """Raise an interruption as one, also where it came out as another error.
+
+    A signal is raised between any two instructions, also in the middle of a library's tidying,
+    which then fails for its own reasons: OmegaConf 2.3 does so in one of twenty cases.
+
+    Raises:
+        Interrupted: an error with an interruption among what led to it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _began_with_interruption(error):
+            raise Interrupted from error
+        raise
+
+
+def _began_with_interruption(error: BaseException) -> bool:
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        earlier = waiting.pop()
+        if isinstance(earlier, KeyboardInterrupt):
+            return True
+        if earlier is not None and id(earlier) not in seen:
+            seen.add(id(earlier))
+            waiting += [earlier.__cause__, earlier.__context__]
+    return False
 
 
 class OrchestratorError(Exception):

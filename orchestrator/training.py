@@ -11,7 +11,13 @@ from pathlib import Path
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.inline_group import InlineGroup
 from orchestrator.control.supervisor import Supervisor
-from orchestrator.errors import ExitCode, ExportError, Interrupted, OrchestratorError
+from orchestrator.errors import (
+    ExitCode,
+    ExportError,
+    Interrupted,
+    OrchestratorError,
+    interruptions,
+)
 from orchestrator.patience import JournalPatience
 from orchestrator.provenance import provenance
 from orchestrator.resumption import Checkpoints
@@ -97,7 +103,8 @@ class Training:
             self._stops.hand_over(self._stop)
             if self._stops.is_asked:
                 raise Interrupted
-            outcome = self._supervise()
+            with interruptions():
+                outcome = self._supervise()
             status = "FINISHED" if outcome is Outcome.completed else "KILLED"
             cause = "" if outcome is Outcome.completed else "stopped"
             if self._patience.is_over:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.errors import ExitCode, Interrupted
+from orchestrator.errors import ExitCode, Interrupted, interruptions
 from orchestrator.signals import Stops
+from orchestrator.spec.config import load_config, to_yaml
 
 
 class Ends:
@@ -102,3 +104,27 @@ def test_nohup_is_heeded() -> None:
             assert not stops.is_asked
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_in_the_midst_of_omegaconf_stays_an_interruption() -> None:
+    config = load_config(["job=mnist"], None)
+    delays = random.Random(3)
+    for _ in range(150):  # about one in twenty comes out as a ConfigKeyError
+        with Stops() as stops, pytest.raises(Interrupted), interruptions():
+            stops.limit(delays.uniform(0.001, 0.03))
+            while not stops.is_asked:  # a library may swallow it
+                to_yaml(config)
+            raise Interrupted
+
+
+def test_a_signal_that_spoils_a_librarys_tidying_stays_an_interruption(stops: Stops) -> None:
+    with pytest.raises(Interrupted), interruptions():
+        try:
+            send(signal.SIGTERM)
+        finally:
+            int("half made")
+
+
+def test_an_error_of_its_own_is_no_interruption() -> None:
+    with pytest.raises(ValueError, match="its own"), interruptions():
+        raise ValueError("its own")

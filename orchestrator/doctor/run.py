@@ -27,7 +27,7 @@ from orchestrator.control.survey import Survey
 from orchestrator.doctor.duration import expected_duration
 from orchestrator.doctor.report import Report
 from orchestrator.driver import clean_environment
-from orchestrator.errors import ClusterError, ConfigError, ExitCode, StorageError
+from orchestrator.errors import ClusterError, ConfigError, ExitCode, StorageError, interruptions
 from orchestrator.signals import Stops
 from orchestrator.spec.config import flatten, load_config
 from orchestrator.spec.describe import headline
@@ -59,7 +59,8 @@ def doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode
     """
     with Stops() as stops:
         try:
-            return _doctor(overrides, config_dir, cwd)
+            with interruptions():
+                return _doctor(overrides, config_dir, cwd)
         except KeyboardInterrupt:
             print("ended before all was looked at", file=sys.stderr)
             return stops.exit_code
