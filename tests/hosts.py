@@ -33,6 +33,10 @@ class Hosts(chaos_hosts.Hosts):
             text=True,
         )
 
+    def namespace(self, host: int) -> str:
+        """Return the name of a host's network namespace."""
+        return self._name(host)
+
     def train(self, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
         """Start a training on the head, with workers on different hosts."""
         command = [

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.control import launcher
+from orchestrator.control.addresses import interface_addresses, routed_address
 from orchestrator.control.launcher import Child, Launch
 from orchestrator.control.sampler import Sampler
 from orchestrator.control.worker_process import WorkerProcess
@@ -85,7 +86,7 @@ class Agent:
 
     @staticmethod
     def describe_here() -> dict[str, Any]:
-        """Return this node's name, address, versions and assigned GPUs."""
+        """Return this node's name, addresses, versions and assigned GPUs."""
         found = {}
         for package in _PACKAGES:
             try:
@@ -94,7 +95,8 @@ class Agent:
                 continue
         return {
             "host": socket.gethostname(),
-            "ip": _address(),
+            "ip": routed_address(),
+            "interfaces": interface_addresses(),
             "python": platform.python_version(),
             "packages": found,
             "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
@@ -269,18 +271,6 @@ class Agent:
                     f"was ended by its agent: the driver was silent for {silence:.0f} s "
                     "(cluster.driver_silence_s)"
                 )
-
-
-def _address() -> str:
-    """Return the address other hosts reach this node by, as far as routing tells."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Nothing is sent: connecting a datagram socket only asks for the route.
-            probe.connect(("192.0.2.1", 9))
-            address: str = probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
-        return address
 
 
 def _own_paths(first: list[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
+from orchestrator.control.addresses import missing_interface
 from orchestrator.control.links import Link
 from orchestrator.control.preflight import Finding
 from orchestrator.control.survey import Judge, Survey
@@ -71,6 +72,15 @@ def addresses(survey: Survey) -> Iterator[str | Finding]:
         others = [text for text in others if not text.startswith("lo ")]
         also = f", also has {', '.join(others)}" if others else ""
         yield f"{node.where} by {node.interface or 'no interface of its own'}{also}"
+        chosen = survey.plan.config.cluster.interface
+        if chosen is not None and chosen not in node.addresses:
+            yield Finding(
+                missing_interface(node.host, chosen, node.addresses),
+                "its workers would have no address to be reached at",
+                "name an interface that all nodes have, or leave cluster.interface out: then it is "
+                "the one that Ray was started with",
+                ClusterError,
+            )
         if len(survey.nodes) > 1 and ipaddress.ip_address(node.ip).is_loopback:
             name = f"; its name resolves to {node.resolves_to}" if node.resolves_to else ""
             yield Finding(

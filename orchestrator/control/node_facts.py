@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.control.addresses import interface_addresses
 from orchestrator.control.agent import Agent
 from orchestrator.spec.memory import MemoryLimit, memory_limit
 
@@ -101,19 +102,28 @@ class NodeFacts:
 
 
 def look(
-    folder: Path, ports: tuple[int, int] | None, *, ip: str, node_id: str = "", ray_gpus: int = 0
+    folder: Path,
+    ports: tuple[int, int] | None,
+    *,
+    ip: str,
+    chosen: str | None = None,
+    node_id: str = "",
+    ray_gpus: int = 0,
 ) -> NodeFacts:
     """Look at the node that this process runs on.
 
     Args:
         folder: the run folder; it need not exist.
         ports: first and last of `cluster.port_range`, or None where no ports are needed.
-        ip: the address that the others are told.
+        ip: the address that Ray knows it by.
+        chosen: `cluster.interface`, whose address is told instead where there is one.
         node_id: Ray's name of the node.
         ray_gpus: GPUs that Ray was told of.
     """
     told = Agent.describe_here()
-    addresses = _addresses()
+    addresses = interface_addresses()
+    if chosen is not None:
+        ip = addresses.get(chosen, ip)
     listening = _listening()
     return NodeFacts(
         host=told["host"],
@@ -223,18 +233,6 @@ def _process(pid: int | None) -> str:
     except psutil.Error:
         name = "process"
     return f"{name} (pid {pid})"
-
-
-def _addresses() -> dict[str, str]:
-    """Return an address of each interface that is up: of version 4 where there is one."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    found = {}
-    for name, addresses in psutil.net_if_addrs().items():
-        for family in (socket.AF_INET6, socket.AF_INET):
-            for address in addresses:
-                if address.family == family and name in up:
-                    found[name] = address.address.partition("%")[0]
-    return found
 
 
 def _resolved(host: str) -> str:

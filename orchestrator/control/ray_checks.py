@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.control.addresses import chosen_address
 from orchestrator.errors import ClusterError
 
 _SAME_EVERYWHERE = ("tensorflow", "keras", "ray", "numpy")
@@ -13,15 +14,18 @@ _SAME_EVERYWHERE = ("tensorflow", "keras", "ray", "numpy")
 _CLOCK_TOLERANCE_S = 2.0
 
 
-def check_nodes(own: dict[str, Any], nodes: Sequence[dict[str, Any]]) -> None:
+def check_nodes(
+    own: dict[str, Any], nodes: Sequence[dict[str, Any]], interface: str | None = None
+) -> None:
     """Refuse nodes that cannot train together.
 
     Args:
         own: what `describe_here` tells of the driver's node.
         nodes: what the agents tell of theirs, in the order of the workers.
+        interface: `cluster.interface`.
 
     Raises:
-        ClusterError: versions differ, or a node has an address that others cannot reach.
+        ClusterError: versions differ, or a node has no address that others can reach.
     """
     differences = {line for node in nodes for line in version_differences(own, node)}
     if differences:
@@ -33,9 +37,14 @@ def check_nodes(own: dict[str, Any], nodes: Sequence[dict[str, Any]]) -> None:
     if len({node.get("node_id") for node in nodes}) < 2:
         return
     for node in nodes:
-        if ipaddress.ip_address(node["ip"]).is_loopback:
+        address = chosen_address(node, interface)
+        if interface is not None and ipaddress.ip_address(address).is_loopback:
             raise ClusterError(
-                f"the node {node['host']} is known to Ray as {node['ip']}, where other nodes do "
+                f"cluster.interface={interface}: the nodes do not reach each other by loopback"
+            )
+        if ipaddress.ip_address(address).is_loopback:
+            raise ClusterError(
+                f"the node {node['host']} is known to Ray as {address}, where other nodes do "
                 "not reach it; its host name may resolve to that. Start Ray there with "
                 "`ray start --node-ip-address=ADDRESS`"
             )

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from orchestrator.control.addresses import chosen_address
 from orchestrator.control.agent import Agent
 from orchestrator.control.holding import Hold
 from orchestrator.control.launcher import Zygote
@@ -309,7 +310,7 @@ class RayGroup:
         )
         for seat, node in zip(self._ordered, nodes, strict=True):
             seat.node = node
-        check_nodes(Agent.describe_here(), nodes)
+        check_nodes(Agent.describe_here(), nodes, self._config.interface)
 
     def _start_processes(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
         self._addresses = self._reserve_addresses(plan)
@@ -331,7 +332,7 @@ class RayGroup:
         addresses = []
         for seat in self._ordered:
             (port,) = self._get({seat.worker: seat.actor.reserve_port.remote(first, last)})
-            host = LOOPBACK if self._is_local else seat.node["ip"]
+            host = LOOPBACK if self._is_local else chosen_address(seat.node, self._config.interface)
             addresses.append(f"{host}:{port}")
         return tuple(addresses)
 

@@ -148,6 +148,7 @@ class RaySurvey:
                 str(folder),
                 (first, last),
                 self._nodes[node]["NodeManagerAddress"],
+                self._plan.config.cluster.interface,
                 node,
                 int(self._nodes[node]["Resources"].get("GPU", 0)),
             )

@@ -29,10 +29,16 @@ class Scout:
         return time.time()
 
     def look(
-        self, folder: str, ports: tuple[int, int] | None, ip: str, node_id: str, ray_gpus: int
+        self,
+        folder: str,
+        ports: tuple[int, int] | None,
+        ip: str,
+        chosen: str | None,
+        node_id: str,
+        ray_gpus: int,
     ) -> NodeFacts:
         """Return what `node_facts.look` tells of the node."""
-        return look(Path(folder), ports, ip=ip, node_id=node_id, ray_gpus=ray_gpus)
+        return look(Path(folder), ports, ip=ip, chosen=chosen, node_id=node_id, ray_gpus=ray_gpus)
 
     def leave_mark(self, folder: str, name: str) -> bool:
         """Write a file into a folder; False if the folder is not there, or cannot be written."""

@@ -56,7 +56,8 @@ def inspect_for(
     if backend != "tensorflow":
         notices.append(f"KERAS_BACKEND={backend} is set and not honoured: TensorFlow trains here")
         changes["KERAS_BACKEND"] = "tensorflow"
-    for name in ("XLA_FLAGS", "TF_XLA_FLAGS", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES"):
+    nccl = sorted(name for name in environ if name.startswith("NCCL_"))
+    for name in ("XLA_FLAGS", "TF_XLA_FLAGS", *nccl, "CUDA_VISIBLE_DEVICES"):
         if environ.get(name):
             notices.append(f"{name}={environ[name]} is set and honoured")
     if any(environ.get(name) for name in _PROXIES):

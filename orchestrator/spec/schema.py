@@ -157,6 +157,7 @@ class ClusterConfig:
     placement: Placement
     node_labels: dict[str, str] = field(default_factory=dict)
     accelerator_type: str | None = None
+    interface: str | None = None
     cpus_per_worker: int | None
     queue_s: float = 0.0
     start_timeout_s: float

@@ -18,7 +18,7 @@ def placement_rules(config: RunConfig) -> Iterator[str]:
     if not (cluster.queue_s >= 0 and math.isfinite(cluster.queue_s)):
         yield f"cluster.queue_s={cluster.queue_s}: must be a number of at least 0"
     if cluster.name is not ClusterName.existing:
-        for key in ("node_labels", "accelerator_type", "queue_s"):
+        for key in ("node_labels", "accelerator_type", "interface", "queue_s"):
             if value := getattr(cluster, key):
                 yield (
                     f"cluster.{key}={value} with cluster={cluster.name.value}: there is nothing to "

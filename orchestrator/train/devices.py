@@ -120,6 +120,9 @@ def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Stra
         )
         return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
     os.environ["TF_CONFIG"] = plan.tf_config(order.addresses, order.worker)
+    if interface := plan.config.cluster.interface:
+        # `=` is NCCL's own mark for this very name: without it every name that begins so is meant.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     if order.worker > 0:
         _await_chief(order)
     _shorten_heartbeat(plan.num_workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import keras
@@ -53,6 +54,8 @@ def tell_ready(
         f"{plan.cpus_per_worker} CPU thread(s), "
         f"CUDA_VISIBLE_DEVICES={order.visible_gpus!r}, {plan.config.strategy.name.value}"
     )
+    if plan.device_kind == "GPU":
+        reporter.log(nccl_settings(os.environ))
     replicas = plan.worker_replicas(order.worker)
     reporter.tell(
         Ready,
@@ -66,6 +69,13 @@ def tell_ready(
         restored_from=order.restore_from,
         versions=versions(),
     )
+
+
+def nccl_settings(environ: Mapping[str, str]) -> str:
+    """Return in words what this process tells NCCL."""
+    found = sorted(name for name in environ if name.startswith("NCCL_"))
+    told = ", ".join(f"{name}={environ[name]}" for name in found)
+    return f"NCCL: {told or 'no variable NCCL_* is set, it chooses by itself'}"
 
 
 def _write_summary(paths: RunPaths, model: keras.Model) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import OutOfMemoryError, RayError
 
+from orchestrator.control.addresses import chosen_address
 from orchestrator.control.agent import Agent
 from orchestrator.control.policy import Room
 from orchestrator.control.ray_checks import check_nodes, clock_warning, version_differences
@@ -82,6 +83,21 @@ def test_a_node_known_by_loopback_is_refused_beside_others_and_fine_alone() -> N
         check_nodes(here, nodes)
     assert "--node-ip-address" in str(refused.value)
     check_nodes(here, nodes[1:])
+
+
+def test_the_chosen_interface_must_be_on_every_node_and_no_loopback() -> None:
+    here = Agent.describe_here() | {"ip": "127.0.1.1"}
+    nodes = [
+        {**here, "node_id": str(n), "host": f"host-{n}", "interfaces": found}
+        for n, found in enumerate(({"lo": "127.0.0.1", "ib0": "10.1.0.1"}, {"lo": "127.0.0.1"}))
+    ]
+    with pytest.raises(ClusterError, match=r"interface=ib0: host-1 has no such.* lo 127.0.0.1"):
+        check_nodes(here, nodes, "ib0")
+    with pytest.raises(ClusterError, match=r"interface=lo: .* loopback"):
+        check_nodes(here, nodes, "lo")
+    nodes[1]["interfaces"] = {"ib0": "10.1.0.2"}
+    check_nodes(here, nodes, "ib0")
+    assert [chosen_address(node, "ib0") for node in nodes] == ["10.1.0.1", "10.1.0.2"]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,14 @@ def test_the_interface_that_was_chosen_is_told_with_the_others(tmp_path: Path) -
     )
 
 
+def test_an_interface_that_a_node_lacks_is_told_with_those_it_has(tmp_path: Path) -> None:
+    plan = tiny_plan(tmp_path, **TWO_WORKERS, cluster__interface="ib0")
+    both = {"eth0": "10.0.0.1", "ib0": "10.1.0.1"}
+    found = problem(addresses, survey(tmp_path, node(1, addresses=both), node(2), plan=plan))
+    assert "cluster.interface=ib0: host-2 has no such interface" in found.seen
+    assert "eth0 10.0.0.2" in found.seen and "cluster.interface" in found.mend
+
+
 def test_a_folder_that_is_not_shared_names_who_misses_what(tmp_path: Path) -> None:
     unseen = {DRIVER: (), "host-1 (10.0.0.1)": (), "host-2 (10.0.0.2)": ("host-1 (10.0.0.1)",)}
     found = problem(shared_folder, survey(tmp_path, unseen=unseen))

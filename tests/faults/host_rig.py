@@ -68,9 +68,9 @@ class Training:
 
 
 @contextlib.contextmanager
-def long_training(hosts: Hosts, cwd: Path) -> Iterator[Training]:
+def long_training(hosts: Hosts, cwd: Path, *arguments: str) -> Iterator[Training]:
     """Give a run on two of the hosts; end it afterwards."""
-    process = hosts.train(*rig.JOB, *LONG, "strategy.num_workers=2", cwd=cwd)
+    process = hosts.train(*rig.JOB, *LONG, "strategy.num_workers=2", *arguments, cwd=cwd)
     try:
         yield Training(process, cwd)
     finally:

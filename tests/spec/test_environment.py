@@ -35,7 +35,8 @@ def test_what_would_hijack_a_run_is_said_and_overruled(
 
 
 @pytest.mark.parametrize(
-    "name", ["XLA_FLAGS", "TF_XLA_FLAGS", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES"]
+    "name",
+    ["XLA_FLAGS", "TF_XLA_FLAGS", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "CUDA_VISIBLE_DEVICES"],
 )
 def test_what_changes_how_a_run_computes_is_said_with_its_value_and_honoured(name: str) -> None:
     notices, changes = inspect_environment({name: "some=value"}, tiny_config())
