@@ -16,6 +16,8 @@ from orchestrator.control.processes import Process
 _LOOK_S = 0.2
 _REQUEST_S = 1.0
 _LONGEST_REQUEST = 1 << 16
+# Ray 2.60 keeps a socket and 0.8 MB of every driver that joined it (measured over 20 runs).
+_MOST_RUNS = 500
 
 
 @dataclass(slots=True)
@@ -48,6 +50,7 @@ class Keeper:
         idle_s: float,
         processes: Mapping[str, Process],
         rest: Callable[[], str],
+        most_runs: int = _MOST_RUNS,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Serve nobody yet.
@@ -59,6 +62,7 @@ class Keeper:
             idle_s: end when nobody has held anything for so long.
             processes: what is kept, by name; when one of them dies, all ends.
             rest: called again and again while nobody holds anything; may return why all shall end.
+            most_runs: end when so many have held something.
             clock: seconds that only grow.
         """
         self._listener = listener
@@ -66,6 +70,8 @@ class Keeper:
         self._idle_s = idle_s
         self._processes = processes
         self._rest = rest
+        self._most_runs = most_runs
+        self._num_runs = 0
         self._clock = clock
         self._last_use = clock()
         self._holders: list[_Holder] = []
@@ -88,6 +94,8 @@ class Keeper:
                 continue
             if self._clock() - self._last_use > self._idle_s:
                 return f"no run has used it for {self._idle_s:g} s"
+            if self._num_runs >= self._most_runs:
+                return f"{self._num_runs} runs have used it, and Ray keeps some memory of each"
             if why := self._rest():
                 return why
         return ""
@@ -121,6 +129,7 @@ class Keeper:
             what, pid = str(question["what"]), int(question["pid"])
             holder = _Holder(connection, what, pid, cpus, gpus)
             self._holders.append(holder)
+            self._num_runs += 1
             self._selector.register(connection, selectors.EVENT_READ, holder)
             return {"held": True}
         if question["ask"] == "end" and not holders:

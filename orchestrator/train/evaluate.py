@@ -18,8 +18,9 @@ from orchestrator.train.replica import Captured, local_replica
 from orchestrator.train.sources import Source
 from orchestrator.train.sums import Layout, weighted_sums
 
-# Steps of one call: bounds the memory of fetched features and the time between signs of life.
-_STEPS_PER_CALL = 64
+# Steps of one call: bounds the memory of fetched features and the time between signs of life, and
+# how long a stop may wait. Always the same number: sums of other parts differ in the last bits.
+_STEPS_PER_CALL = 8
 
 
 class Evaluation:
@@ -86,7 +87,7 @@ class Evaluation:
         """Evaluate the whole split.
 
         Args:
-            is_over: asked after every 64 steps whether to leave off; all workers must be told the
+            is_over: asked after every few steps whether to leave off; all workers must be told the
                 same.
 
         Returns:

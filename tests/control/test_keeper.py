@@ -26,7 +26,7 @@ from orchestrator.control.processes import Process
 class Served:
     """A keeper in a thread that keeps two sleeping processes instead of Ray and a zygote."""
 
-    def __init__(self, folder: Path, idle_s: float = 60.0):
+    def __init__(self, folder: Path, idle_s: float = 60.0, most_runs: int = 100):
         self.path = folder / "up.json"
         self.sleepers = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
         processes = {
@@ -40,7 +40,13 @@ class Served:
         listener.listen()
         self.rests = 0
         self.keeper = Keeper(
-            listener, cpus=4, gpus=1, idle_s=idle_s, processes=processes, rest=self._rest
+            listener,
+            cpus=4,
+            gpus=1,
+            idle_s=idle_s,
+            processes=processes,
+            rest=self._rest,
+            most_runs=most_runs,
         )
         self.state = Kept(
             keeper=Process.of(self.sleepers[2].pid),  # what `clear` would end
@@ -148,6 +154,19 @@ def test_it_ends_when_nobody_has_come_for_long(tmp_path: Path) -> None:
         hold.close()
         until(lambda: served.why == "no run has used it for 0.5 s", str(served.why))
         assert served.rests > 0
+    finally:
+        served.end()
+
+
+def test_it_ends_after_many_runs_once_nobody_holds_it(tmp_path: Path) -> None:
+    served = Served(tmp_path, most_runs=2)
+    try:
+        first, second = taken(served.hold(cpus=1)), taken(served.hold(cpus=1))
+        first.close()
+        time.sleep(0.5)
+        assert served.why is None
+        second.close()
+        until(lambda: str(served.why).startswith("2 runs have used it"), str(served.why))
     finally:
         served.end()
 
