@@ -6,6 +6,7 @@ calls decides whether to try again.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -222,6 +223,7 @@ class Store:
                 self._client.log_artifacts(self.run_id, str(folder), folder.name)
 
 
+@functools.lru_cache(maxsize=4096)  # asked for every point
 def legal(key: str) -> str:
     """Return a key that MLflow takes: letters, digits and `_ - . space : /`, no odd paths."""
     parts = re.sub(r"[^\w\-. :/]", "_", key).split("/")

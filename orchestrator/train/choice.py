@@ -14,11 +14,15 @@ import tensorflow as tf
 
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
+from orchestrator.train.compiled import CannotCompile
 
 # XLA is tried when at least so much time is left, because compiling costs about a second ...
 _WORTH_TRYING_S = 5.0
-# ... and more for larger graphs: about 4 ms a node.
-_MOST_NODES = 1_500
+# ... and more for larger graphs. One that takes longer to compile is tried if what is left is so
+# many times as long: XLA won 14 % where it won least (`code_lm`, 2 CPU cores).
+_COMPILE_S_PER_NODE = 0.004
+_LONG_COMPILE_S = 6.0
+_LEFT_PER_COMPILE = 20.0
 _TRIAL_S = 0.1
 
 
@@ -30,23 +34,20 @@ class Choice:
         mode: what to begin with; after a restart, what an earlier attempt found to be faster here.
     """
 
-    def __init__(self, plan: RunPlan, state: Sequence[keras.Variable], *, is_resident: bool):
+    def __init__(self, plan: RunPlan, state: Sequence[keras.Variable]):
         """Decide at once where there is nothing to choose.
 
         Args:
             plan: of the run.
             state: every variable that a block may change: a trial leaves no trace in them.
-            is_resident: whether the data lies on the device; blocks of fetched features would
-                have to be as long as the longest one under XLA.
         """
         self._plan = plan
         self._state = state
-        # Several replicas cannot be compiled as a whole; results differ in the last bits.
+        # XLA wins nothing around a reduction on CPUs; results differ in the last bits.
         self.is_open = (
             plan.config.train.compile is Compile.auto
             and plan.num_replicas == 1
             and not plan.config.train.deterministic
-            and is_resident
         )
         self.mode = Compile.graph
         if self.is_open and (kept := self._kept()) is not None:
@@ -79,12 +80,17 @@ class Choice:
         if seconds < _TRIAL_S:
             return None
         self.is_open = False
-        if steps_left * seconds / steps < _WORTH_TRYING_S:
+        left_s = steps_left * seconds / steps
+        if left_s < _WORTH_TRYING_S:
             return Compile.graph, ""  # too short to win compiling back: nothing to tell about
-        reason = self._why_not_xla(graph())
+        reason = self._why_not_xla(graph(), left_s)
         if reason:
             return Compile.graph, f"train.compile=auto: graph ({reason})"
-        rates = self._rates(num_steps, run)
+        try:
+            rates = self._rates(num_steps, run)
+        except CannotCompile as error:
+            self._keep(Compile.graph)
+            return Compile.graph, f"train.compile=auto: graph ({error})"
         best = max(rates, key=lambda mode: rates[mode])
         self._keep(best)
         shown = " against ".join(f"{rate:,.0f} steps/s as {m.value}" for m, rate in rates.items())
@@ -118,11 +124,17 @@ class Choice:
                 variable.assign(value)
         return rates
 
-    def _why_not_xla(self, graph: Any) -> str:
-        """Return why XLA need not be tried; empty if it should be."""
+    def _why_not_xla(self, graph: Any, left_s: float) -> str:
+        """Return why XLA need not be tried; empty if it should be.
+
+        Args:
+            graph: of a block, a GraphDef.
+            left_s: of the run, as a graph.
+        """
         nodes = [n.op for f in graph.library.function for n in f.node_def]
         if self._plan.device_kind == "CPU" and any("Conv" in op for op in nodes):
             return "convolutions on CPUs are slower under XLA"
-        if len(nodes) > _MOST_NODES:
-            return f"{len(nodes):,} operations would take long to compile"
+        compile_s = _COMPILE_S_PER_NODE * len(nodes)
+        if compile_s > _LONG_COMPILE_S and left_s < _LEFT_PER_COMPILE * compile_s:
+            return f"{len(nodes):,} operations would take long to compile, about {compile_s:.0f} s"
         return ""

@@ -11,6 +11,7 @@ a `tf.cond` around an optimizer inside a replica fails under every strategy (Ten
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,20 +20,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from orchestrator.errors import JobError
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
 from orchestrator.train.block import BlockResult, Rows, first_bad
 from orchestrator.train.choice import Choice
+from orchestrator.train.compiled import CannotCompile, compiled_share, folded_square_sum, refusals
 from orchestrator.train.data import Feed, Shard
 from orchestrator.train.inputs import Resident, feature_spec, step_features
 from orchestrator.train.job import Job, flatten_groups
 from orchestrator.train.names import renamed, stable_names
 from orchestrator.train.optimizer import Optimizers
-from orchestrator.train.replica import Replicas, local_replica, summed_over_replicas
+from orchestrator.train.replica import Replicas, Share, local_replica, summed_over_replicas
 from orchestrator.train.sources import Source
-
-_FOLDED_ROWS = 16
-_ADDED_IN_TURN = 8_192
 
 
 class TrainStep:
@@ -63,7 +63,7 @@ class TrainStep:
         """
         self.num_traces = 0
         self._compiles = compiles
-        self._compiled_lengths: set[int] = set()
+        self._is_compiled = False
         self._plan = plan
         self._model = model
         self._optimizers = optimizers
@@ -81,9 +81,11 @@ class TrainStep:
         self._rows = Rows(paths, len(shards), with_norms=plan.config.train.layer_norms)
         is_resident = resident.tables is not None
         state = [v for section in optimizers.variables.values() for v in section]
-        self._choice = Choice(plan, [*model.variables, *state], is_resident=is_resident)
+        self._choice = Choice(plan, [*model.variables, *state])
         compile_ = plan.config.train.compile
         self.mode = self._choice.mode if compile_ is Compile.auto else compile_
+        # XLA compiles for each shape, and features of any number of steps would fill the memory.
+        self._is_one_program = plan.num_replicas == 1 and is_resident
         feeds = [
             (
                 tf.TensorSpec([None, shard.size], tf.int64),
@@ -96,7 +98,10 @@ class TrainStep:
             Compile.eager: self._block,
             Compile.graph: tf.function(self._block, input_signature=signature, autograph=False),
             Compile.xla: tf.function(
-                self._chosen_block, input_signature=signature, autograph=False, jit_compile=True
+                self._xla_block,
+                input_signature=signature,
+                autograph=False,
+                jit_compile=self._is_one_program or None,
             ),
         }
 
@@ -104,12 +109,18 @@ class TrainStep:
         """Run the steps after `first_step`.
 
         Raises:
-            JobError: the job's losses, metrics or gradients have the wrong form.
+            JobError: the job's losses, metrics or gradients have the wrong form, or XLA has no
+                kernel for them.
         """
         if self._choice.is_open:
             self._choose(first_step, num_steps, feed)
         start = time.monotonic()
-        rows, ids = self._call(self.mode, first_step, num_steps, feed)
+        try:
+            rows, ids = self._call(self.mode, first_step, num_steps, feed)
+        except CannotCompile as error:
+            raise JobError(
+                f"train.compile=xla: {error}; train.compile=graph can run this job"
+            ) from error
         result = self._rows.read(rows.numpy(), [part.numpy() for part in ids])
         self._choice.observe(num_steps, time.monotonic() - start)
         return result
@@ -118,41 +129,34 @@ class TrainStep:
         """Run a block in one of the modes; return its rows and ids as tensors."""
         length = num_steps
         if mode is Compile.xla:
-            length = self._compiled_length(num_steps)
-            if length not in self._compiled_lengths:
-                self._compiled_lengths.add(length)
+            if self._is_one_program:
+                train = self._plan.config.train
+                length = max(num_steps, min(train.max_block_steps, self._plan.total_steps))
+            if not self._is_compiled:
+                self._is_compiled = True
                 self._compiles()
         feeds = [
             (_filled(ids, length), {name: _filled(rows, length) for name, rows in features.items()})
             for ids, features in zip(feed.ids, feed.features, strict=True)
         ]
-        rows, ids = self._functions[mode](
-            tf.constant(first_step, tf.int64), tf.constant(num_steps, tf.int32), feeds
-        )
+        numbers = tf.constant(first_step, tf.int64), tf.constant(num_steps, tf.int32)
+        with refusals():
+            rows, ids = self._functions[mode](*numbers, feeds)
         return rows[:num_steps], [part[:num_steps] for part in ids]
 
-    def _compiled_length(self, num_steps: int) -> int:
-        """Return how long the inputs of a block are under XLA, which compiles for each shape.
+    def _xla_block(self, first_step: Any, num_steps: Any, feeds: Any) -> Any:
+        """Run a block in the form that XLA compiles well, or what it can of it."""
+        return self._block(first_step, num_steps, feeds, xla=True)
 
-        One program serves indices of any length. Features would fill the memory, so they grow by
-        powers of two: a few programs.
-        """
-        train = self._plan.config.train
-        longest = max(num_steps, min(train.max_block_steps, self._plan.total_steps))
-        if self._resident.tables is not None:
-            return longest
-        return min(longest, 1 << (num_steps - 1).bit_length())
-
-    def _chosen_block(self, first_step: Any, num_steps: Any, feeds: Any) -> Any:
-        """Run a block in the form that XLA compiles well."""
-        return self._block(first_step, num_steps, feeds, choose=True)
-
-    def _block(self, first_step: Any, num_steps: Any, feeds: Any, *, choose: bool = False) -> Any:
+    def _block(self, first_step: Any, num_steps: Any, feeds: Any, *, xla: bool = False) -> Any:
         """Run `num_steps` steps; a Python function of tensors, traced once.
 
         Args:
-            choose: decide about an update at each assignment instead of around all of them.
+            xla: decide about an update at each assignment instead of around all of them if the
+                block is one program, else have a replica's share compiled by itself.
         """
+        choose = xla and self._is_one_program
+        reduce = functools.partial(self._reduce, compiled=xla and not self._is_one_program)
         self.num_traces += 1
         length = tf.shape(feeds[0][0])[0]
         rows = tf.TensorArray(self._replicas.sum_dtype, length, infer_shape=True)
@@ -161,7 +165,7 @@ class TrainStep:
         ]
 
         def one_step(i: Any, rows: Any, ids: Any) -> Any:
-            reduced, local_loss, used = self._strategy.run(self._reduce, (first_step, i, feeds))
+            reduced, local_loss, used = self._strategy.run(reduce, (first_step, i, feeds))
             row = self._decide(reduced, local_loss, choose=choose)
             parts = self._strategy.experimental_local_results(used)
             ids = [array.write(i, part) for array, part in zip(ids, parts, strict=True)]
@@ -202,10 +206,10 @@ class TrainStep:
         """Return the sum of squares of each array, [number of variables]."""
         arrays = [tf.cast(gradient, self._replicas.sum_dtype) for gradient in gradients]
         if compiled:
-            return tf.stack([_folded_square_sum(values) for values in arrays])
+            return tf.stack([folded_square_sum(values) for values in arrays])
         return tf.stack([2 * tf.nn.l2_loss(values) for values in arrays])
 
-    def _reduce(self, first_step: Any, i: Any, feeds: Any) -> Any:
+    def _reduce(self, first_step: Any, i: Any, feeds: Any, *, compiled: bool) -> Any:
         """Differentiate on one replica and add up over all of them.
 
         Returns:
@@ -216,7 +220,11 @@ class TrainStep:
         ids = block_ids[i]
         raw = self._resident.rows(local, ids, step_features(block_features, i))
         step = first_step + tf.cast(i, tf.int64)
-        share = self._replicas.share(local, step, raw, self._scale())
+
+        def trace() -> Share:
+            return self._replicas.share(local, step, raw, self._scale())
+
+        share = compiled_share(trace) if compiled else trace()
         self._rows.layout = share.layout
         self._moving = [variable for variable, _ in share.moved]
         self._is_unweighted = share.is_unweighted
@@ -293,22 +301,6 @@ class TrainStep:
             self.mode, sentence = found
             if sentence:
                 self._tell(sentence)
-
-
-def _folded_square_sum(values: Any) -> Any:
-    """Return the sum of squares of an array, in the form that XLA on CPUs computes fast.
-
-    It adds the elements of one sum one after another, but sums beside each other in vectors: long
-    arrays are folded into a few long rows first (measured, 100,352 elements, XLA of TensorFlow
-    2.21: 130 us as one sum, 41 us as 784 rows, 10 to 16 us as 8 to 28 rows). The abs, which changes
-    nothing, keeps it from making one sum of two again.
-    """
-    squares = tf.square(tf.reshape(values, [-1]))
-    while squares.shape[0] > _ADDED_IN_TURN:
-        length = squares.shape[0] // _FOLDED_ROWS * _FOLDED_ROWS
-        rows = tf.reshape(squares[:length], [_FOLDED_ROWS, -1])
-        squares = tf.concat([tf.abs(tf.reduce_sum(rows, 0)), squares[length:]], 0)
-    return tf.reduce_sum(squares)
 
 
 def _filled(array: np.ndarray, length: int) -> Any:

@@ -46,8 +46,8 @@ def substitutions(
             f"train.global_batch_size {config.train.global_batch_size} -> {batch}, which "
             f"{replicas} replicas do not divide"
         )
-    if config.train.compile is not Compile.eager:
-        lines.append(f"train.compile {config.train.compile.value} -> graph, as replicas need it")
+    if config.train.compile is Compile.auto:
+        lines.append("train.compile auto -> graph, as several replicas choose")
     lines.append(
         f"clipped runs: optimizer.clip_global_norm {clip:.3g}, half the median of the first "
         "steps' norms"

@@ -461,6 +461,53 @@ def test_xla_computes_what_a_graph_computes(tmp_path: Path, optimizer: Optimizer
     assert compiled.ledger == graph.ledger
 
 
+@pytest.mark.parametrize("kind", ["layers", "embedding", "uneven"])
+def test_xla_around_the_reduction_computes_what_a_graph_computes(tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {
+        "replicas": 3 if kind == "uneven" else 2,
+        "optimizer__name": OptimizerName.adam,
+        "optimizer__learning_rate": 0.01,
+        "train__micro_batches": 2,
+        "train__global_batch_size": 17 if kind == "uneven" else 16,
+    }
+    job: Tiny = Words() if kind == "embedding" else Tiny(normalise=True)
+    graph = make_rig(tmp_path, job, train__compile=Compile.graph, **changes).run(1, 7, 4)
+    compiled = make_rig(tmp_path, job, train__compile=Compile.xla, **changes).run(1, 7, 4)
+    assert difference(graph.weights, compiled.weights) < EXACT
+    assert np.abs(graph.losses - compiled.losses).max() < EXACT
+    assert compiled.ledger == graph.ledger
+    assert compiled.step.num_traces == graph.step.num_traces
+    text = compiled.step._functions[Compile.xla].get_concrete_function().graph.as_graph_def()
+    assert "_XlaMustCompile" in str(text)
+
+
+class NotForXla(Tiny):
+    """A loss with an operation that XLA has no kernel for."""
+
+    def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+        losses = super().loss(batch, outputs)
+        return losses + 0 * tf.strings.to_number(tf.strings.as_string(losses), losses.dtype)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_what_xla_cannot_compile_is_named_with_the_key(tmp_path: Path, replicas: int) -> None:
+    rig = make_rig(tmp_path, NotForXla(), replicas=replicas, train__compile=Compile.xla)
+    with pytest.raises(JobError, match=r"XLA has no AsString.*train.compile=graph"):
+        rig.run(2)
+
+
+def test_auto_goes_on_as_a_graph_where_xla_cannot(tmp_path: Path) -> None:
+    told: list[str] = []
+    endless = {"train__steps": 10_000_000, "train__max_block_steps": 2_000}
+    rig = make_rig(tmp_path, NotForXla(), **endless)
+    rig.step._tell = told.append
+    rig.plan.paths.root.mkdir(parents=True, exist_ok=True)
+    while not told:
+        rig.run(2_000)
+    assert told[0].startswith("train.compile=auto: graph (XLA has no AsString")
+    assert rig.step.mode is Compile.graph
+
+
 @pytest.mark.parametrize("mode", [Compile.graph, Compile.xla])
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, mode: Compile) -> None:
     class Poisoned(Tiny):
@@ -518,12 +565,10 @@ def test_auto_stays_a_graph_with_several_replicas_or_determinism(tmp_path: Path)
         assert rig.step.mode is Compile.graph
 
 
-def test_xla_takes_fetched_features_in_blocks_hardly_longer_than_asked(tmp_path: Path) -> None:
-    rig = make_rig(
-        tmp_path, Tiny(), host=True, train__compile=Compile.xla, train__max_block_steps=2_000
-    )
-    asked = [1, 2, 3, 5, 8]
-    lengths = [rig.step._compiled_length(n) for n in asked]
-    assert lengths == [1, 2, 4, 8, 8]
-    graph = make_rig(tmp_path, Tiny(), host=True, train__compile=Compile.graph)
-    assert difference(rig.run(3, 5).weights, graph.run(3, 5).weights) < EXACT
+def test_xla_takes_fetched_features_in_blocks_of_any_length(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, Tiny(), host=True, train__compile=Compile.xla).run(3, 5, 1)
+    graph = make_rig(tmp_path, Tiny(), host=True, train__compile=Compile.graph).run(3, 5, 1)
+    assert difference(rig.weights, graph.weights) < EXACT
+    assert rig.step.num_traces == 1
+    text = rig.step._functions[Compile.xla].get_concrete_function().graph.as_graph_def()
+    assert "_XlaMustCompile" in str(text)
