@@ -259,8 +259,9 @@ def variant_plan(
     train.global_batch_size = uneven_batch_size(train.global_batch_size, host.num_gpus)
     train.micro_batches = variant.micro_batches
     train.epochs, train.steps = None, comparison.steps
-    if train.compile is Compile.auto:
-        train.compile = Compile.graph  # as several replicas choose
+    if train.compile is not Compile.eager:
+        # XLA rounds one device's program and a replica's share of it to other float32 numbers.
+        train.compile = Compile.graph
     config.data.num_eval_examples = 0
     config.checkpoint.every_steps, config.checkpoint.every_s = comparison.every_steps, None
     config.checkpoint.keep = comparison.steps

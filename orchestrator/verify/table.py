@@ -46,8 +46,9 @@ def substitutions(
             f"train.global_batch_size {config.train.global_batch_size} -> {batch}, which "
             f"{replicas} replicas do not divide"
         )
-    if config.train.compile is Compile.auto:
-        lines.append("train.compile auto -> graph, as several replicas choose")
+    if config.train.compile is not Compile.eager:
+        compile_ = config.train.compile.value
+        lines.append(f"train.compile {compile_} -> graph: XLA rounds a part otherwise than a whole")
     lines.append(
         f"clipped runs: optimizer.clip_global_norm {clip:.3g}, half the median of the first "
         "steps' norms"

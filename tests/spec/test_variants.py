@@ -32,7 +32,7 @@ def test_every_variant_takes_the_same_global_batch(tmp_path: Path) -> None:
     config = tiny_config(
         schedule__name=ScheduleName.cosine,
         schedule__warmup_steps=5,
-        train__compile=Compile.auto,
+        train__compile=Compile.xla,
         optimizer__name=OptimizerName.adam,
         optimizer__clip_global_norm=7.0,
     )
