@@ -17,7 +17,7 @@ from orchestrator.spec.schema import Compile
 from orchestrator.train.compiled import CannotCompile
 
 # XLA is tried when at least so much time is left, and so many times what compiling takes, which is
-# about 4 ms an operation: XLA won 14 % where it won least (`code_lm`, 2 CPU cores).
+# about 4 ms an operation: of the jobs here XLA won least with `code_lm`, 14 % in the one pair made.
 _WORTH_TRYING_S = 5.0
 _LEFT_PER_COMPILE = 8.0
 _COMPILE_S_PER_NODE = 0.004
@@ -41,7 +41,7 @@ class Choice:
         """
         self._plan = plan
         self._state = state
-        # XLA wins nothing around a reduction on CPUs; results differ in the last bits.
+        # Around a reduction XLA won nothing clear on CPUs; results differ in the last bits.
         self.is_open = (
             plan.config.train.compile is Compile.auto
             and plan.num_replicas == 1
