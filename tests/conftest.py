@@ -130,6 +130,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_sessionstart() -> None:
     os.environ[SESSION_VARIABLE] = _session_id
+    # Ray's agents would write their titles over the variable.
+    os.environ["SPT_NOENV"] = "1"
     # What the developer's own `make up` keeps is not for tests.
     os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="orch-tests-")
     # By default both end Python at once, and the processes of session fixtures would live on.

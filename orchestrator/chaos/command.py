@@ -55,6 +55,7 @@ class Command:
         env = {
             **os.environ,
             _MARK: self._mark,
+            "SPT_NOENV": "1",  # or Ray's agents write their titles over the mark
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         }
         train = [sys.executable, "-m", "orchestrator", "train", *self.arguments, *more]

@@ -5,9 +5,9 @@ Call `ray_settings.apply_ray_settings` before this module is imported.
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +20,9 @@ LOOPBACK = "127.0.0.1"
 _REGISTRATION_TIMEOUT_S = 30.0
 _LOOK_INTERVAL_S = 0.02
 _UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
+# Reads process groups until the driver is gone, however it went, then kills what is left of them.
+_END_GROUPS = 'while read -r group; do set -- "$@" "-$group"; done; kill -s KILL -- "$@"'
+_watchers: list[subprocess.Popen[bytes]] = []
 _HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
 
 
@@ -33,7 +36,7 @@ def start_local(num_cpus: int, num_gpus: int) -> None:
     with ExitStack() as stack:
         for changed in (
             signal_handlers_kept,
-            _session_of_its_own,
+            _out_of_reach,
             _without_services,
             _any_agent_port,
             _short_looks,
@@ -127,12 +130,14 @@ def _short_looks() -> Iterator[None]:
 
 
 @contextmanager
-def _session_of_its_own() -> Iterator[None]:
-    """Start Ray's processes where signals to the command's process group do not reach them.
+def _out_of_reach() -> Iterator[None]:
+    """Start Ray's processes where no signal to the command reaches them, and none outlives it.
 
-    A terminal, `timeout` and batch systems send theirs to the whole group; without its Ray the
-    driver could not let the workers save. Ray 2.60 starts all of them in `_private/services.py`;
-    another Ray, without the name, starts them in the driver's group.
+    A terminal, `timeout` and batch systems send theirs to the whole process group; without its Ray
+    the driver could not let the workers save. When the driver is killed, Ray's own follow it, but
+    for the node's agents: those try for 60 s to tell a Ray that is gone
+    (`_private/process_watcher.py`), so a shell ends them. Ray 2.60 starts all of them in
+    `_private/services.py`; another Ray, without the name, starts them in the driver's group.
     """
     from ray._private import services
 
@@ -140,7 +145,25 @@ def _session_of_its_own() -> Iterator[None]:
     if popen is None:
         yield
         return
-    services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", _END_GROUPS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+    _watchers.append(watcher)
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, start_new_session=True, **kwargs)
+        assert watcher.stdin is not None
+        with suppress(OSError):  # somebody has ended it
+            watcher.stdin.write(b"%d\n" % process.pid)
+            watcher.stdin.flush()
+        return process
+
+    services.ConsolePopen = start
     try:
         yield
     finally:
