@@ -11,7 +11,7 @@ each large one.
     __main__.py   the command line: compose, plan, then print or launch; exit codes
     driver.py training.py                         `train`: overrides -> plan; one start of a run
     runs.py lease.py resumption.py job_code.py    which run a command goes on with, and from where
-    signals.py patience.py guardian.py            how a run ends: asked, out of disk, killed
+    signals.py patience.py guardian.py reaper.py  how a run ends: asked, out of disk, killed
     screen*.py terminal.py console.py summary.py  what is said of a run while it goes on
     runs_command.py listing.py status.py logs.py stopping.py asking.py comparison.py    `runs`
     conversion.py weights.py   keeping.py   serving.py      `weights`   `up` and `down`   `serve`

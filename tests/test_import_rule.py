@@ -33,12 +33,19 @@ ALLOWED = {
         "orchestrator.spec",
         "orchestrator.errors",
         "orchestrator.log",
+        "orchestrator.reaper",
     ),
     "train": ("orchestrator.train", "orchestrator.spec", "orchestrator.errors", "orchestrator.log"),
-    "track": ("orchestrator.track", "orchestrator.spec", "orchestrator.errors", "orchestrator.log"),
+    "track": (
+        "orchestrator.track",
+        "orchestrator.spec",
+        "orchestrator.errors",
+        "orchestrator.log",
+        "orchestrator.reaper",
+    ),
 }
-# Every folder imports these two, so they must drag nothing in.
-FOUNDATIONS = ("orchestrator/errors.py", "orchestrator/log.py")
+# Folders import these, so they must drag nothing in.
+FOUNDATIONS = ("orchestrator/errors.py", "orchestrator/log.py", "orchestrator/reaper.py")
 # Checkpoint folders are verified and pruned by processes that never import TensorFlow.
 WITHOUT_TENSORFLOW = ("orchestrator/train/store.py",)
 JOBS_MAY_IMPORT = (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,13 +15,13 @@ from typing import Any
 
 import ray
 
+from orchestrator.reaper import Reaper
+
 LOOPBACK = "127.0.0.1"
 _REGISTRATION_TIMEOUT_S = 30.0
 _LOOK_INTERVAL_S = 0.02
 _UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
-# Reads process groups until the driver is gone, however it went, then kills what is left of them.
-_END_GROUPS = 'while read -r group; do set -- "$@" "-$group"; done; kill -s KILL -- "$@"'
-_watchers: list[subprocess.Popen[bytes]] = []
+_reapers: list[Reaper] = []  # for as long as this process lives
 _HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
 
 
@@ -136,7 +135,7 @@ def _out_of_reach() -> Iterator[None]:
     A terminal, `timeout` and batch systems send theirs to the whole process group; without its Ray
     the driver could not let the workers save. When the driver is killed, Ray's own follow it, but
     for the node's agents: those try for 60 s to tell a Ray that is gone
-    (`_private/process_watcher.py`), so a shell ends them. Ray 2.60 starts all of them in
+    (`_private/process_watcher.py`), so a reaper ends them. Ray 2.60 starts all of them in
     `_private/services.py`; another Ray, without the name, starts them in the driver's group.
     """
     from ray._private import services
@@ -145,24 +144,14 @@ def _out_of_reach() -> Iterator[None]:
     if popen is None:
         yield
         return
-    watcher = subprocess.Popen(
-        ["/bin/sh", "-c", _END_GROUPS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        start_new_session=True,
-    )
-    _watchers.append(watcher)
 
     def start(*args: Any, **kwargs: Any) -> Any:
         process = popen(*args, start_new_session=True, **kwargs)
-        assert watcher.stdin is not None
-        with suppress(OSError):  # somebody has ended it
-            watcher.stdin.write(b"%d\n" % process.pid)
-            watcher.stdin.flush()
+        reaper.watch(process.pid)
         return process
 
+    reaper = Reaper()
+    _reapers.append(reaper)
     services.ConsolePopen = start
     try:
         yield

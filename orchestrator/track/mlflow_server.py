@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import ConfigError
+from orchestrator.reaper import Reaper
 
 LOOPBACK = "127.0.0.1"
 _POLL_S = 0.1
@@ -66,7 +67,7 @@ def url_of(host: str, port: int) -> str:
 def running(
     command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server, which ends with everything it has started when the block ends.
+    """Run a server, which ends with everything it has started when the block or this process ends.
 
     SIGTERM and SIGHUP raise KeyboardInterrupt from here on, as Ctrl-C does.
 
@@ -83,10 +84,13 @@ def running(
         server = subprocess.Popen(
             command, stdout=output, stderr=output, env=env, start_new_session=True
         )
+    reaper = Reaper()
+    reaper.watch(server.pid)
     try:
         yield server
     finally:
         _end(server)
+        reaper.close()
 
 
 def answers_soon(server: subprocess.Popen[bytes], url: str, timeout_s: float) -> bool:

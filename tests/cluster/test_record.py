@@ -65,6 +65,7 @@ def test_writing_the_record_again_changes_nothing(one_device: Ended) -> None:
         signal.SIGINT,
         pytest.param(signal.SIGTERM, marks=pytest.mark.thorough),
         pytest.param(signal.SIGHUP, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.thorough),
     ],
 )
 def test_the_interface_lands_on_the_runs_and_ends_its_server(
@@ -82,8 +83,8 @@ def test_the_interface_lands_on_the_runs_and_ends_its_server(
             assert one_device.run.root.name in dump_page(link)
     finally:
         process.send_signal(number)
-        assert process.wait(30) == 0
-    assert not answers(f"http://127.0.0.1:{port}/health")
+        assert process.wait(30) == (-number if number is signal.SIGKILL else 0)
+    rig.wait_for(lambda: not answers(f"http://127.0.0.1:{port}/health"), "its server to be gone", 2)
 
 
 def dump_page(link: str) -> str:

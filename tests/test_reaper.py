@@ -1,0 +1,52 @@
+"""What a killed process has started ends with it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.cluster.rig import is_alive, wait_for
+
+# Starts a group of two processes that ignore all but SIGKILL, and tells who leads it.
+_STARTER = """
+import subprocess, time
+from orchestrator.reaper import Reaper
+started = subprocess.Popen(
+    ["/bin/sh", "-c", "trap '' TERM HUP INT; sleep 60 & echo $!; wait"], start_new_session=True
+)
+reaper = Reaper()
+reaper.watch(started.pid)
+print(started.pid, flush=True)
+if {ends}:
+    reaper.close()
+    print("closed", flush=True)
+time.sleep(60)
+"""
+
+
+def started(ends: bool) -> tuple[subprocess.Popen[str], list[int]]:
+    code = _STARTER.replace("{ends}", str(ends))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, [int(process.stdout.readline()) for _ in range(2)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_group_ends_with_the_process_that_watches_it(number: signal.Signals) -> None:
+    process, group = started(ends=False)
+    assert all(map(is_alive, group))
+    process.send_signal(number)
+    process.wait()
+    wait_for(lambda: not any(map(is_alive, group)), "the group to be gone", 2)
+
+
+def test_a_group_ends_when_asked() -> None:
+    process, group = started(ends=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "closed\n"
+    wait_for(lambda: not any(map(is_alive, group)), "the group to be gone", 2)
+    process.kill()
+    process.wait()
