@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import keras
-import tensorflow as tf
 
 from orchestrator.spec.messages import (
     Ended,
@@ -19,38 +13,20 @@ from orchestrator.spec.messages import (
     Outcome,
     Phase,
     Request,
-    Substituted,
     WorkerOrder,
 )
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Weights
-from orchestrator.train import datasets, store
-from orchestrator.train.agreement import Agreement
-from orchestrator.train.audit import Audit
-from orchestrator.train.best import BestEvaluation, require_metric
-from orchestrator.train.checkpoint import named_variables, restore
-from orchestrator.train.data import make_shards
-from orchestrator.train.devices import build_strategy, configure_devices, overrule_keras_settings
-from orchestrator.train.evaluate import Evaluation
+from orchestrator.train import store
+from orchestrator.train.best import BestEvaluation
+from orchestrator.train.checkpoint import restore
 from orchestrator.train.export import export_model
-from orchestrator.train.freeze import freeze
-from orchestrator.train.guards import NanGuard
 from orchestrator.train.initial import load_initial
-from orchestrator.train.inputs import Resident
-from orchestrator.train.introduce import tell_data, tell_ready, versions
-from orchestrator.train.job import Job
-from orchestrator.train.loading import checked_model, load_job, load_source
-from orchestrator.train.loop import Loop, Parts
-from orchestrator.train.optimizer import Optimizers
-from orchestrator.train.pace import make_pace
-from orchestrator.train.profile import Profile
+from orchestrator.train.introduce import tell_ready
+from orchestrator.train.loop import Loop
+from orchestrator.train.making import Made, assemble, make
 from orchestrator.train.report import Reporter, folder_gauge
-from orchestrator.train.saver import make_saver, owes_evaluation, require_staging
-from orchestrator.train.sources import Source, Split
-from orchestrator.train.step import TrainStep
-from orchestrator.train.stream_feeder import make_feeder
-from orchestrator.train.streams import StreamSource
-from orchestrator.train.substitutions import substitute
+from orchestrator.train.saver import owes_evaluation, require_staging
 
 # How long the story of an error waits for a checkpoint that is being written.
 _SAVE_PATIENCE_S = 10.0
@@ -83,29 +59,15 @@ def run(
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What a worker has once its devices, data and model are there."""
-
-    devices: list[str]
-    strategy: tf.distribute.Strategy
-    job: Job
-    train_source: Source
-    eval_source: Source | None
-    model: keras.Model
-    optimizers: Optimizers
-    variables: dict[str, Any]
-
-
 def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Request]]) -> None:
     plan, is_chief = order.plan, order.worker == 0
     require_staging(plan.paths.staging_dir(order.attempt))
-    made = _make(order, reporter)
+    made = make(order, reporter)
     start_step = _begin_with(order, reporter, made)
     reporter.step = start_step
     tell_ready(order, reporter, made.devices, made.model, start_step)
 
-    parts = _assemble(order, reporter, pending, made)
+    parts = assemble(order, reporter, pending, made)
     try:
         outcome, step = Loop(parts).run(start_step, owes_evaluation=owes_evaluation(order))
     except Exception:
@@ -131,50 +93,7 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
     reporter.tell(Ended, step=step, outcome=outcome)
 
 
-def _make(order: WorkerOrder, reporter: Reporter) -> _Made:
-    """Take the devices, meet the other workers, open the data and build the model."""
-    plan, is_chief = order.plan, order.worker == 0
-    devices = configure_devices(order)
-    if plan.config.train.check_numerics:
-        tf.debugging.enable_check_numerics()
-    overruled = overrule_keras_settings()
-    if is_chief and overruled:
-        reporter.tell(Notice, text=overruled)
-    reporter.enter(Phase.connecting, ", ".join(devices))
-    strategy = build_strategy(order, devices)
-
-    reporter.enter(Phase.loading_data)
-    datasets.set_reporter(reporter.progress, lambda text: reporter.tell(Notice, text=text))
-    job = load_job(plan)
-    reporter.log(f"job {plan.config.job.class_name} from {inspect.getfile(type(job))}")
-    train_source = load_source(job, plan, Split.TRAIN, order.worker)
-    eval_source = load_source(job, plan, Split.EVAL) if plan.eval_steps else None
-    for split, source in ((Split.TRAIN, train_source), (Split.EVAL, eval_source)):
-        if source is not None and is_chief:
-            tell_data(reporter, split, source)
-
-    reporter.enter(Phase.building)
-    keras.utils.set_random_seed(plan.config.train.seed % 2**32)
-    with strategy.scope():
-        model = checked_model(job, train_source)
-        if plan.config.train.freeze:
-            reporter.log(freeze(job, model, plan.config.train.freeze))
-        optimizers = Optimizers(plan, job.parameter_groups(model))
-    if plan.verifying:
-        reporter.tell(Substituted, **substitute(model))
-    return _Made(
-        devices=devices,
-        strategy=strategy,
-        job=job,
-        train_source=train_source,
-        eval_source=eval_source,
-        model=model,
-        optimizers=optimizers,
-        variables=named_variables(model, optimizers),
-    )
-
-
-def _begin_with(order: WorkerOrder, reporter: Reporter, made: _Made) -> int:
+def _begin_with(order: WorkerOrder, reporter: Reporter, made: Made) -> int:
     """Set the variables that training begins with; return the step they belong to."""
     if order.restore_from is not None:
         reporter.enter(Phase.restoring, order.restore_from)
@@ -189,92 +108,7 @@ def _begin_with(order: WorkerOrder, reporter: Reporter, made: _Made) -> int:
     return 0
 
 
-def _best(order: WorkerOrder, evaluation: Evaluation | None) -> BestEvaluation | None:
-    """Return the judge of evaluations, as it was at the checkpoint; refuse an unknown metric."""
-    config = order.plan.config.best
-    if config.metric is None or evaluation is None:
-        return None
-    names = evaluation.metric_names()
-    if names is not None:
-        require_metric(config.metric, dict.fromkeys(names))
-    manifest = None
-    if order.restore_from is not None:
-        manifest = store.read_manifest(Path(order.restore_from))
-    return BestEvaluation(config, manifest)
-
-
-def _assemble(
-    order: WorkerOrder,
-    reporter: Reporter,
-    pending: Callable[[], set[Request]],
-    made: _Made,
-) -> Parts:
-    """Put together what the loop drives."""
-    plan, replicas = order.plan, order.plan.worker_replicas(order.worker)
-    job, model, strategy, source = made.job, made.model, made.strategy, made.train_source
-    shards = make_shards(plan.replica_batch_sizes, replicas)
-    resident = Resident(source, made.devices)
-    evaluation = None
-    if made.eval_source is not None:
-        eval_resident = Resident(made.eval_source, made.devices)
-        evaluation = Evaluation(
-            plan,
-            job,
-            model,
-            strategy,
-            replicas,
-            made.eval_source,
-            eval_resident,
-            progress=reporter.progress,
-        )
-    saver = make_saver(order, reporter, made.variables, versions())
-    agreement = Agreement(strategy, plan, order.worker)
-    return Parts(
-        plan=plan,
-        worker=order.worker,
-        step=TrainStep(
-            plan,
-            job,
-            model,
-            made.optimizers,
-            strategy,
-            shards,
-            source,
-            resident,
-            tell=lambda text: reporter.tell(Notice, text=text),
-            compiles=lambda: reporter.enter(Phase.tracing, "XLA"),
-        ),
-        evaluation=evaluation,
-        feeder=make_feeder(order, reporter, source, shards, resident=resident.tables is not None),
-        optimizers=made.optimizers,
-        saver=saver,
-        agreement=agreement,
-        guard=NanGuard(
-            plan,
-            order.worker,
-            reporter,
-            agreement,
-            saver,
-            made.variables,
-            can_go_back=not isinstance(source, StreamSource),
-        ),
-        audit=_audit(order, made),
-        reporter=reporter,
-        pending=pending,
-        best=_best(order, evaluation),
-        on_block=job.on_block,
-        profile=Profile(plan) if order.worker == 0 else None,
-        pace=make_pace(plan, order.worker),
-    )
-
-
-def _audit(order: WorkerOrder, made: _Made) -> Audit | None:
-    if order.plan.num_replicas == 1 or order.plan.config.train.audit_every_steps is None:
-        return None
-    return Audit(made.strategy, order.plan, order.worker, made.variables)
-
-
-def _tell_end(reporter: Reporter, made: _Made, best: BestEvaluation | None) -> None:
+def _tell_end(reporter: Reporter, made: Made, best: BestEvaluation | None) -> None:
     """Say why training ended, if early, and what the job itself has to say."""
     if best is not None and best.is_exhausted:
         state = best.state
@@ -299,7 +133,7 @@ def _exported_checkpoint(plan: RunPlan, best: BestEvaluation | None, step: int) 
     return plan.paths.checkpoints_dir / store.checkpoint_name(best.state.step)
 
 
-def _export(order: WorkerOrder, reporter: Reporter, made: _Made, checkpoint: Path | None) -> None:
+def _export(order: WorkerOrder, reporter: Reporter, made: Made, checkpoint: Path | None) -> None:
     plan = order.plan
     reporter.enter(Phase.exporting, str(checkpoint or ""))
     start = reporter.clock()

@@ -43,9 +43,9 @@ def reduced_twice():
 
 def lost_shard():
     """Let the second replica train on the first one's examples."""
-    from orchestrator.train import worker
+    from orchestrator.train import making
 
-    make = worker.make_shards
+    make = making.make_shards
 
     def make_without_second(sizes, replicas):
         shards = make(sizes, replicas)
@@ -54,7 +54,7 @@ def lost_shard():
             for replica, shard in zip(replicas, shards, strict=True)
         ]
 
-    worker.make_shards = make_without_second
+    making.make_shards = make_without_second
 
 
 def replica_mean():
