@@ -83,6 +83,7 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_is_not(
         job__args={"ballast": _BALLAST},
         checkpoint__every_steps=20,
         checkpoint__keep=2,
+        train__steps=320,
     )
     with disk(training.plan.paths.checkpoints_dir, _TMPFS_BYTES):
         assert training.run() is Outcome.completed
@@ -94,7 +95,7 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_is_not(
         # The last good ones were whole all the time, and nothing of the others stayed.
         assert at_the_worst == [[40, 60]]
         saved = [item.step for item in training.only(Saved)]
-        assert saved[:3] == [20, 40, 60] and saved[-1] == 200
+        assert saved[:3] == [20, 40, 60] and saved[-1] == 320
         assert len(saved) > 4, "the first save after the disk had room came before the last step"
         assert whole_steps(training) == saved[-2:]
         left = {path.name for path in training.plan.paths.checkpoints_dir.iterdir()}
