@@ -32,6 +32,7 @@ from orchestrator.control.ray_places import Places
 from orchestrator.control.ray_samplers import Samplers
 from orchestrator.control.ray_start import LOOPBACK, start_local
 from orchestrator.errors import ExportError, StartFailed
+from orchestrator.reaper import Reaper
 from orchestrator.spec.messages import (
     NO_ATTEMPT,
     Cause,
@@ -93,6 +94,7 @@ class RayGroup:
         self._seats: dict[int, Seat] = {}
         self._addresses: tuple[str, ...] = ()
         self._listener: Listener | None = None
+        self._reaper: Reaper | None = None
         # Agents that were lost in the attempt: nothing has proven yet that their workers are gone.
         self._unproven: list[Seat] = []
 
@@ -206,8 +208,10 @@ class RayGroup:
                 self._agents.end_warming()
                 self._leave()
                 ray.shutdown()
+            if self._reaper is not None:
+                self._reaper.close()
         finally:
-            self._seats, self._listener = {}, None
+            self._seats, self._listener, self._reaper = {}, None, None
 
     def _is_done(self, seat: Seat, answer: Any) -> bool:
         """Wait until an agent has done something; not longer than it can be heard."""
@@ -252,7 +256,7 @@ class RayGroup:
             join_kept(self._kept)
         elif self._is_local:
             bundle = bundle_of(plan)
-            start_local(
+            self._reaper = start_local(
                 int(plan.num_workers * bundle["CPU"]), int(plan.num_workers * bundle.get("GPU", 0))
             )
         else:

@@ -151,7 +151,7 @@ def _make(order: dict[str, Any], stack: ExitStack) -> _Made:
     from orchestrator.control.ray_idle import IdleWorkers
     from orchestrator.control.ray_start import LOOPBACK, start_local
 
-    start_local(order["cpus"], order["gpus"])
+    stack.callback(start_local(order["cpus"], order["gpus"]).close)
     processes = _processes(zygote)
     (node,) = ray.nodes()
     manager = f"{LOOPBACK}:{node['NodeManagerPort']}"

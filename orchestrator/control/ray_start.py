@@ -21,21 +21,24 @@ LOOPBACK = "127.0.0.1"
 _REGISTRATION_TIMEOUT_S = 30.0
 _LOOK_INTERVAL_S = 0.02
 _UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
-_reapers: list[Reaper] = []  # for as long as this process lives
 _HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
 
 
-def start_local(num_cpus: int, num_gpus: int) -> None:
+def start_local(num_cpus: int, num_gpus: int) -> Reaper:
     """Start a Ray on this host, on loopback, that ends with this process.
 
     Args:
         num_cpus: what it may hand out, whether there are so many or not.
         num_gpus: the same.
+
+    Returns:
+        What ends its processes: to be kept for as long as Ray shall run.
     """
+    reaper = Reaper()
     with ExitStack() as stack:
+        stack.enter_context(_out_of_reach(reaper))
         for changed in (
             signal_handlers_kept,
-            _out_of_reach,
             _without_services,
             _any_agent_port,
             _short_looks,
@@ -52,6 +55,7 @@ def start_local(num_cpus: int, num_gpus: int) -> None:
         )
     keep_quiet()
     leave_out_serializers()
+    return reaper
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def _short_looks() -> Iterator[None]:
 
 
 @contextmanager
-def _out_of_reach() -> Iterator[None]:
+def _out_of_reach(reaper: Reaper) -> Iterator[None]:
     """Start Ray's processes where no signal to the command reaches them, and none outlives it.
 
     A terminal, `timeout` and batch systems send theirs to the whole process group; without its Ray
@@ -150,8 +154,6 @@ def _out_of_reach() -> Iterator[None]:
         reaper.watch(process.pid)
         return process
 
-    reaper = Reaper()
-    _reapers.append(reaper)
     services.ConsolePopen = start
     try:
         yield
