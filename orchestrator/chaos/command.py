@@ -55,6 +55,8 @@ class Command:
         env = {
             **os.environ,
             _MARK: self._mark,
+            # What `make up` keeps is for others: faults strike a Ray of the command's own.
+            "XDG_RUNTIME_DIR": str(self.log.parent),
             "SPT_NOENV": "1",  # or Ray's agents write their titles over the mark
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         }

@@ -142,9 +142,19 @@ def surroundings(environ: Mapping[str, str]) -> dict[str, str]:
     for name, value in environ.items():
         if _VARIABLES.fullmatch(name) and not _NOT_COMPARED.fullmatch(name):
             found[name] = _digest(value.encode())
+    if paths := _foreign_paths(environ.get("PYTHONPATH", "")):
+        found["PYTHONPATH"] = _digest(paths.encode())
+    else:
+        found.pop("PYTHONPATH", None)
     for name in (*TENSORFLOW_ENV, *SETTINGS):  # set by us, whatever they are
         found.pop(name, None)
     return found
+
+
+def _foreign_paths(python_path: str) -> str:
+    """Leave out the project's own folder: the children of a sweep name it, others need not."""
+    paths = filter(None, python_path.split(os.pathsep))
+    return os.pathsep.join(path for path in paths if Path(path) != _PROJECT_DIR)
 
 
 def differences(kept: Kept, own: Mapping[str, str]) -> list[str]:

@@ -196,6 +196,17 @@ def test_nonsense_is_hung_up_on_and_nothing_else_happens(served: Served, request
     taken(served.hold()).close()
 
 
+def test_the_projects_own_folder_is_no_other_environment(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = os.environ.get("PYTHONPATH", "")
+    # As the children of a sweep have it.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(kept._PROJECT_DIR), given])))
+    taken(served.hold()).close()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(kept._PROJECT_DIR), "/elsewhere", given]))
+    assert "PYTHONPATH is not what it was then" in served.hold()[1]
+
+
 def test_another_environment_is_named_but_not_told(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
