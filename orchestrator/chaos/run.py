@@ -71,7 +71,7 @@ def chaos(
     """
     given = _with_defaults(overrides)
     config = load_config(given, config_dir)
-    _refuse(config)
+    _refuse(config, cwd)
     no_hosts = why_no_hosts(config)
     faults, not_run = _schedule(config, no_hosts)
     start = time.monotonic()
@@ -109,7 +109,7 @@ def _with_defaults(overrides: list[str]) -> list[str]:
     return merge_overrides(defaults, overrides)
 
 
-def _refuse(config: RunConfig) -> None:
+def _refuse(config: RunConfig, cwd: Path) -> None:
     if config.cluster.name is not ClusterName.local:
         raise ConfigError(
             f"cluster={config.cluster.name.value}: chaos ends processes of this host, and starts "
@@ -124,6 +124,11 @@ def _refuse(config: RunConfig) -> None:
         raise ConfigError("checkpoint.every_steps=null: chaos needs checkpoints by steps")
     if not _chosen(config):
         raise ConfigError("chaos.faults=[]: name at least one fault, or set chaos.full=true")
+    report = config.chaos.report
+    if report is not None and (cwd / report).is_dir():
+        raise ConfigError(
+            f"chaos.report={report}: {cwd / report} is a folder; name a Markdown file, or null"
+        )
 
 
 def _chosen(config: RunConfig) -> list[FaultName]:

@@ -134,6 +134,8 @@ def test_faults_of_hosts_need_several_workers() -> None:
     [
         ("chaos.faults=[kil]", "did you mean kill?"),
         ("chaos.faults=[]", "name at least one"),
+        ("chaos.report=.", "is a folder; name a Markdown file"),
+        ("chaos.report=", "is a folder; name a Markdown file"),
         ("chaos.seed=-1", "at least 0"),
         ("chaos.step_ms=0", "greater than 0"),
         ("cluster=existing", "leave it out"),
