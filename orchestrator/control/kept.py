@@ -139,13 +139,10 @@ def surroundings(environ: Mapping[str, str]) -> dict[str, str]:
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
-    for name, value in environ.items():
+    foreign = {**environ, "PYTHONPATH": _foreign_paths(environ.get("PYTHONPATH", ""))}
+    for name, value in foreign.items():
         if _VARIABLES.fullmatch(name) and not _NOT_COMPARED.fullmatch(name):
             found[name] = _digest(value.encode())
-    if paths := _foreign_paths(environ.get("PYTHONPATH", "")):
-        found["PYTHONPATH"] = _digest(paths.encode())
-    else:
-        found.pop("PYTHONPATH", None)
     for name in (*TENSORFLOW_ENV, *SETTINGS):  # set by us, whatever they are
         found.pop(name, None)
     return found

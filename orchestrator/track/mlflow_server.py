@@ -79,14 +79,14 @@ def running(
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **environment}
+    reaper = Reaper()
     with log.open("w") as output:
         # A session of its own: Ctrl-C reaches this process alone, which ends the whole group.
         server = subprocess.Popen(
             command, stdout=output, stderr=output, env=env, start_new_session=True
         )
-    reaper = Reaper()
-    reaper.watch(server.pid)
     try:
+        reaper.watch(server.pid)
         yield server
     finally:
         _end(server)
