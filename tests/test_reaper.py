@@ -15,11 +15,14 @@ _STARTER = """
 import subprocess, time
 from orchestrator.reaper import Reaper
 started = subprocess.Popen(
-    ["/bin/sh", "-c", "trap '' TERM HUP INT; sleep 60 & echo $!; wait"], start_new_session=True
+    ["/bin/sh", "-c", "trap '' TERM HUP INT; sleep 60 & echo $!; wait"],
+    stdout=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
 )
 reaper = Reaper()
 reaper.watch(started.pid)
-print(started.pid, flush=True)
+print(started.pid, started.stdout.readline().strip(), flush=True)
 if {ends}:
     reaper.close()
     print("closed", flush=True)
@@ -31,7 +34,7 @@ def started(ends: bool) -> tuple[subprocess.Popen[str], list[int]]:
     code = _STARTER.replace("{ends}", str(ends))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    return process, [int(process.stdout.readline()) for _ in range(2)]
+    return process, [int(word) for word in process.stdout.readline().split()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
