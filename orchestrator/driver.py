@@ -136,12 +136,12 @@ def _train(
         for notice in [*notices, *run_checks(plan)]:
             screen.notice(notice)
         _write_plan(plan, overrides)
-        stack.enter_context(guarded(plan.paths, plan.tracking_uri, plan.artifact_root))
+        guard = stack.enter_context(guarded(plan.paths, plan.tracking_uri, plan.artifact_root))
         if hold is not None:
             hold.name(f"{config.job.name}/{plan.run}")
         group = _make_group(config, zygote, hold, screen)
         stack.callback(group.close)
-        return Training(plan, replan, past, overrides, group, screen, stops, start).run()
+        return Training(plan, replan, past, overrides, group, screen, stops, guard, start).run()
 
 
 def _take_up(config: RunConfig, cwd: Path, stack: ExitStack) -> tuple[Past | None, list[str]]:

@@ -2,7 +2,8 @@
 
 A shell waits at the other end of a pipe, in a session of its own and adopted by init, and so out of
 reach of what ends the driver's process group and its children. It becomes
-`python -m orchestrator.guardian` only when the pipe breaks without a word.
+`python -m orchestrator.guardian` only when the pipe breaks without a word: the driver was killed,
+or was in a hurry and left to the guardian what MLflow had not taken yet.
 """
 
 from __future__ import annotations
@@ -33,14 +34,28 @@ _DEADLINE_S = 60.0
 _WAIT = 'exec 3<&0; { read -r _ <&3 && exit 0; exec "$@" 3<&-; } &'
 
 
+class Guard:
+    """What a process may say to its guardian.
+
+    Attributes:
+        is_owed: whether the guardian is to bring the record to its end though nobody was killed.
+    """
+
+    is_owed = False
+
+    def hand_over(self) -> None:
+        """Leave to the guardian what MLflow lacks of the record."""
+        self.is_owed = True
+
+
 @contextlib.contextmanager
 def guarded(
     paths: RunPaths,
     tracking_uri: str,
     artifact_root: str | None,
     module: str = "orchestrator.guardian",
-) -> Iterator[None]:
-    """Let a guardian watch this process while a block runs.
+) -> Iterator[Guard]:
+    """Let a guardian watch this process while a block runs; yield what it listens to.
 
     Args:
         paths: of the run whose lease this process holds.
@@ -62,15 +77,16 @@ def guarded(
             env=environment,
             start_new_session=True,
         )
+    guard = Guard()
     try:
-        yield
+        yield guard
     finally:
         with contextlib.suppress(OSError):  # somebody has ended it
-            guardian.communicate(b"done\n")
+            guardian.communicate(b"" if guard.is_owed else b"done\n")
 
 
 def end_record(root: Path, environment: Mapping[str, str]) -> None:
-    """Close the journal of a run that nobody holds, and tell MLflow.
+    """Close the journal of a run that nobody holds, and tell MLflow all that is in it.
 
     Args:
         root: the run folder.
@@ -97,26 +113,25 @@ def end_record(root: Path, environment: Mapping[str, str]) -> None:
 
 
 def _close_journal(paths: RunPaths) -> bool:
-    """Write down that the run has ended; tell whether that was for us to do."""
+    """Write down that the run has ended, if that is not known; tell whether nobody has it."""
     from orchestrator.track.journal import Journal, read
 
     with held(paths) as is_held:
-        if not is_held or not _is_open(read(paths.journal)):
+        newest = _newest_bound(read(paths.journal)) if is_held else None
+        if newest is None:
             return False
-        journal = Journal(paths.journal)
-        now = time.time()
-        journal.append({"kind": "RunEnded", "time": now, "status": "KILLED", "cause": CAUSE})
-        journal.close()
+        if newest == "RunStarted":
+            journal = Journal(paths.journal)
+            now = time.time()
+            journal.append({"kind": "RunEnded", "time": now, "status": "KILLED", "cause": CAUSE})
+            journal.close()
     return True
 
 
-def _is_open(records: Iterator[Mapping[str, Any]]) -> bool:
-    """Tell whether a run was started and has not ended."""
-    is_open = False
-    for record in records:
-        if record.get("kind") in ("RunStarted", "RunEnded"):
-            is_open = record["kind"] == "RunStarted"
-    return is_open
+def _newest_bound(records: Iterator[Mapping[str, Any]]) -> str | None:
+    """Return whether a run was started or ended last, as RunStarted, RunEnded or nothing."""
+    kinds = [r["kind"] for r in records if r.get("kind") in ("RunStarted", "RunEnded")]
+    return kinds[-1] if kinds else None
 
 
 @contextlib.contextmanager

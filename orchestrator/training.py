@@ -18,6 +18,7 @@ from orchestrator.errors import (
     OrchestratorError,
     interruptions,
 )
+from orchestrator.guardian import Guard
 from orchestrator.patience import JournalPatience
 from orchestrator.provenance import provenance
 from orchestrator.resumption import Checkpoints
@@ -63,12 +64,14 @@ class Training:
         group: WorkerGroup,
         screen: Screen,
         stops: Stops,
+        guard: Guard,
         start: float,
     ):
         self._plan = plan
         self._past = past
         self._screen = screen
         self._stops = stops
+        self._guard = guard
         self._start = start
         self._tally = Tally()
         self._group = group
@@ -194,7 +197,7 @@ class Training:
             )
 
     def _end(self, status: str, cause: str) -> Report:
-        """Close the record; a signal cuts short the wait for MLflow."""
+        """Close the record; a signal cuts short the wait for MLflow, the guardian goes on."""
         self._stops.hand_over(None)
         finished = status == "FINISHED"
         commands = next_commands(self._plan, self._tally.last_step, finished=finished)
@@ -206,9 +209,13 @@ class Training:
                 try:
                     if self._stops.is_hurried and limit_s is not None:
                         limit_s = min(limit_s, _HURRY_DEADLINE_S)
-                    return self._record.end(status, cause, limit_s, commands)
+                    report = self._record.end(status, cause, limit_s, commands)
+                    break
                 except KeyboardInterrupt:
                     limit_s = None if limit_s is None else 0.0
+        if report.is_late:
+            self._guard.hand_over()
+        return report
 
     def _summarise(self, status: str, report: Report) -> None:
         limit_s = self._plan.config.train.max_time_s
@@ -217,8 +224,9 @@ class Training:
                 f"train.max_time_s={limit_s:g} was over before a step was made; raise it"
             )
         if report.missing:
+            when = "they follow in the background; else" if report.is_late else "when it is back"
             self._screen.notice(
-                f"MLflow lacks the last records ({report.missing}); when it is back: "
+                f"MLflow lacks the last records ({report.missing}); {when}: "
                 f"orchestrator runs sync {self._plan.paths.root}"
             )
         wall_s = time.monotonic() - self._start

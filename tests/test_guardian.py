@@ -23,7 +23,7 @@ from tests.track import rig
 ROOT = Path(__file__).parents[1]
 # A driver as far as the guardian is concerned: it holds the lease, keeps a journal, tells MLflow.
 DRIVER = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from orchestrator.guardian import guarded
 from orchestrator.lease import Lease
@@ -34,7 +34,7 @@ print("holds", flush=True)
 from orchestrator.track.record import Record
 from tests.track import rig
 facts = rig.make_facts(root, uri, timeout_s=5.0)
-with guarded(RunPaths(root), uri, facts.artifact_root):
+with guarded(RunPaths(root), uri, facts.artifact_root) as guard:
     record = Record(RunPaths(root).journal, facts, notice=print)
     record.add(rig.block(0, 8))
     if how != "untracked":
@@ -43,7 +43,14 @@ with guarded(RunPaths(root), uri, facts.artifact_root):
             time.sleep(0.05)
     print("ready", flush=True)
     sys.stdin.read()
-    record.end("FINISHED", "", 60)
+    if how == "hurried":
+        assert record.end("KILLED", "stopped", 0.0).is_late
+        guard.hand_over()
+    elif how == "ending":
+        record.end("FINISHED", "", None)
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        record.end("FINISHED", "", 60)
 """
 
 
@@ -158,3 +165,26 @@ def test_a_driver_that_ends_by_itself_leaves_no_guardian(root: Path, uri: str) -
     driver.communicate()
     eventually(lambda: not list(guardians(root)))
     assert [end["status"] for end in ends(root)] == ["FINISHED"]
+
+
+def test_what_mlflow_had_no_time_for_follows(root: Path, uri: str) -> None:
+    driver = start_driver(root, uri, "hurried")
+    driver.communicate()
+    assert driver.returncode == 0
+    eventually(lambda: status_in_mlflow(uri) == "KILLED")
+    (end,) = ends(root)
+    assert (end["status"], end["cause"]) == ("KILLED", "stopped")
+    assert query(uri, "select count(*) from metrics where key = 'train/loss'") == [(4,)]
+    eventually(lambda: not list(guardians(root)))
+
+
+def test_a_driver_killed_while_it_tells_mlflow_the_end_leaves_no_run_running(
+    root: Path, uri: str
+) -> None:
+    driver = start_driver(root, uri, "ending")
+    assert status_in_mlflow(uri) == "RUNNING"
+    driver.communicate()
+    assert driver.returncode == -signal.SIGKILL
+    eventually(lambda: status_in_mlflow(uri) == "FINISHED")
+    assert [end["status"] for end in ends(root)] == ["FINISHED"]
+    eventually(lambda: not list(guardians(root)))

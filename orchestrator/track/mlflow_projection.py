@@ -36,12 +36,14 @@ class Report:
         model_uri: `models:/...`, or None if no model was logged.
         missing: why something is missing, or nothing.
         url: of the run's page, or None if the tracking address is not one of a server.
+        is_late: whether MLflow was still at work when the time was over.
     """
 
     run_id: str | None
     model_uri: str | None
     missing: str
     url: str | None = None
+    is_late: bool = False
 
 
 class Projection:
@@ -89,7 +91,8 @@ class Projection:
         self.start()
         self._ending.set()
         self._thread.join(deadline_s)
-        if self._thread.is_alive():
+        is_late = self._thread.is_alive()
+        if is_late:
             self._abandoned.set()
             self._missing = self._missing or f"MLflow took more than {deadline_s:g} s"
         store = self._writer.store
@@ -98,6 +101,7 @@ class Projection:
             model_uri=self._model_uri,
             missing=self._missing,
             url=self._writer.url(),
+            is_late=is_late,
         )
 
     def _work(self) -> None:
