@@ -137,10 +137,17 @@ def is_alive(pid: int) -> bool:
 
 def database(folder: Path) -> list[dict[str, Any]]:
     """Return MLflow's runs in the database below `folder`."""
-    with sqlite3.connect(folder / "runs" / "mlflow.db") as connection:
+    with sqlite3.connect(f"file:{folder}/runs/mlflow.db?mode=ro", uri=True) as connection:
         connection.row_factory = sqlite3.Row
         rows = connection.execute("select * from runs order by start_time").fetchall()
     return [dict(row) for row in rows]
+
+
+def statuses(folder: Path) -> list[str]:
+    """Return the status of each of MLflow's runs; none while there is no database."""
+    if not (folder / "runs" / "mlflow.db").exists():
+        return []
+    return [row["status"] for row in database(folder)]
 
 
 def interrupt(process: subprocess.Popen[str], number: int = signal.SIGINT) -> None:

@@ -110,12 +110,12 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: 
         f"step-{stopped_at:08}"
     ]
     # On a slow machine the guardian tells MLflow what the command had no time for.
-    rig.wait_for(lambda: statuses(tmp_path) == ["KILLED"], "MLflow to know that it was stopped")
+    rig.wait_for(lambda: rig.statuses(tmp_path) == ["KILLED"], "MLflow to know that it was stopped")
 
     # The run keeps its own overrides: 160 steps, in blocks of 4.
     resumed = train("resume=latest", cwd=tmp_path)
     assert resumed.code == 0, resumed.out
-    assert statuses(tmp_path) == ["FINISHED"]
+    assert rig.statuses(tmp_path) == ["FINISHED"]
     whole = train(*slow, "job.args.delay_ms=0", "cluster=inline", cwd=tmp_path)
     np.testing.assert_allclose(rig.losses(run), rig.losses(whole.run), rtol=1e-6)
     assert sum(rig.ledger(run, attempt) for attempt in (1, 2)) % 2**64 == rig.ledger(whole.run)
@@ -203,7 +203,7 @@ def test_two_runs_started_at_once_have_a_folder_and_a_record_each(tmp_path: Path
     ended = [rig.finish(process, tmp_path) for process in processes]
     assert [item.code for item in ended] == [0, 0], ended[0].out + ended[1].out
     assert len(rig.runs_in(tmp_path)) == 2
-    assert [row["status"] for row in rig.database(tmp_path)] == ["FINISHED", "FINISHED"]
+    assert rig.statuses(tmp_path) == ["FINISHED", "FINISHED"]
 
 
 def test_the_users_own_line_comes_first_and_once(tmp_path: Path) -> None:

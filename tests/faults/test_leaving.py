@@ -15,7 +15,6 @@ import pytest
 
 from orchestrator.train.store import newest_valid, step_of
 from tests.cluster.rig import (
-    database,
     finish,
     interrupt,
     is_alive,
@@ -23,6 +22,7 @@ from tests.cluster.rig import (
     records,
     runs_in,
     start,
+    statuses,
     wait_for,
 )
 from tests.faults import rig
@@ -94,7 +94,7 @@ def test_a_stop_in_any_phase_saves_what_was_made(tmp_path: Path, phase: str) -> 
     assert newest(run) == last_step(run), out.out
     assert status(run) == "KILLED"
     if records(run, "BlockDone"):
-        assert [row["status"] for row in database(tmp_path)] == ["KILLED"]
+        wait_for(lambda: statuses(tmp_path) == ["KILLED"], "MLflow to know that it was stopped")
 
 
 @pytest.mark.thorough
@@ -135,7 +135,7 @@ def test_a_stop_while_exporting_leaves_only_the_export_to_be_done(tmp_path: Path
     assert again.code == 0, again.out
     assert not [r for r in records(run, "BlockDone") if r["attempt"] > 1]
     assert status(run) == "FINISHED" and run.proof.exists()
-    assert [row["status"] for row in database(tmp_path)] == ["FINISHED"]
+    assert statuses(tmp_path) == ["FINISHED"]
 
 
 @pytest.mark.thorough
@@ -175,7 +175,7 @@ def test_a_stop_of_the_whole_process_group_while_tracing_saves(tmp_path: Path) -
     assert out.code == 143, out.out
     assert time.monotonic() - begin < _STOP_S
     assert newest(run) == last_step(run) > 0
-    assert [row["status"] for row in database(tmp_path)] == ["KILLED"]
+    wait_for(lambda: statuses(tmp_path) == ["KILLED"], "MLflow to know that it was stopped")
 
 
 @pytest.mark.thorough

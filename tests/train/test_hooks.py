@@ -147,4 +147,4 @@ def test_all_of_it_by_the_command_line(tmp_path: Path) -> None:
     best = run.checkpoints_dir / store.checkpoint_name(2)
     told = [record["text"] for record in rig.records(second.run, "Notice")]
     assert f"weights of {best}: 4 of the model's variables were loaded" in told
-    assert [row["status"] for row in rig.database(tmp_path)] == ["FINISHED", "FINISHED"]
+    assert rig.statuses(tmp_path) == ["FINISHED", "FINISHED"]
