@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.hollow import Crowd, HollowAgent
 from orchestrator.control.group import WorkerGroup
+from orchestrator.guardian import Guard
 from orchestrator.screen import Screen
 from orchestrator.signals import Stops
 from orchestrator.spec.config import load_config
@@ -94,7 +95,9 @@ def measure(workers: int, make: Callable[[RunPlan, Screen], WorkerGroup], life_s
         ):
             group = make(plan, screen)
             began = time.monotonic()
-            training = Training(plan, lambda n: plan, None, [], group, screen, stops, began)
+            training = Training(
+                plan, lambda n: plan, None, [], group, screen, stops, Guard(), began
+            )
             watch = threading.Thread(target=_watch, args=(figures, requests, life_s), daemon=True)
             watch.start()
             try:
@@ -172,9 +175,8 @@ def failing(workers: int) -> float:
                 log=plan.paths.driver_log,
             )
             with screen:
-                Training(
-                    plan, lambda n: plan, None, [], crowd, screen, stops, time.monotonic()
-                ).run()
+                began = time.monotonic()
+                Training(plan, lambda n: plan, None, [], crowd, screen, stops, Guard(), began).run()
     return crowd.started[1] - crowd.started[0] - life_s
 
 

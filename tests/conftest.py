@@ -137,6 +137,9 @@ def pytest_sessionstart() -> None:
     # By default both end Python at once, and the processes of session fixtures would live on.
     signal.signal(signal.SIGTERM, _end_session)
     signal.signal(signal.SIGHUP, _end_session)
+    # A shell lets what it starts in the background ignore Ctrl-C, and so would the commands that
+    # are tested.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,10 +1,11 @@
-"""What a killed process has started ends with it."""
+"""What a killed process has started ends with it, and so do its temporary folders."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,31 @@ def test_a_group_ends_when_asked() -> None:
     wait_for(lambda: not any(map(is_alive, group)), "the group to be gone", 2)
     process.kill()
     process.wait()
+
+
+_FOLDER = """
+import sys
+from pathlib import Path
+from orchestrator.reaper import temporary_folder
+with temporary_folder("held-", sys.argv[1]) as folder:
+    Path(folder, "file").touch()
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_temporary_folder_goes_with_its_process(tmp_path: Path, is_killed: bool) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    folder = Path(process.stdout.readline().strip())
+    assert folder.parent == tmp_path and (folder / "file").exists()
+    if is_killed:
+        process.kill()
+    process.communicate()
+    wait_for(lambda: not folder.exists(), "the folder to be gone", 5)

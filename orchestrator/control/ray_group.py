@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from orchestrator.control.addresses import chosen_address
 from orchestrator.control.agent import Agent
@@ -23,9 +22,9 @@ from orchestrator.control.policy import Room
 from orchestrator.control.ray_agents import Agents
 from orchestrator.control.ray_answers import answers
 from orchestrator.control.ray_checks import check_nodes, clock_warning
-from orchestrator.control.ray_errors import why_lost
 from orchestrator.control.ray_join import join, join_kept
 from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat
+from orchestrator.control.ray_lost import Fences, death_of, told_to_leave
 from orchestrator.control.ray_nodes import bundle_of
 from orchestrator.control.ray_orders import order_worker
 from orchestrator.control.ray_places import Places
@@ -37,7 +36,6 @@ from orchestrator.spec.messages import (
     NO_ATTEMPT,
     Cause,
     Death,
-    Draining,
     Message,
     Notice,
     Request,
@@ -47,10 +45,6 @@ from orchestrator.spec.schema import ClusterConfig, ClusterName, StrategyName
 
 Timed = Callable[[str], AbstractContextManager[Any]]
 
-_KILL_TIMEOUT_S = 5.0
-# What an agent may take, once the driver has been silent for too long, to end its worker.
-_FENCE_MARGIN_S = 0.5
-_LOOK_INTERVAL_S = 0.05
 _PROOF_TIMEOUT_S = 300.0
 
 
@@ -95,8 +89,7 @@ class RayGroup:
         self._addresses: tuple[str, ...] = ()
         self._listener: Listener | None = None
         self._reaper: Reaper | None = None
-        # Agents that were lost in the attempt: nothing has proven yet that their workers are gone.
-        self._unproven: list[Seat] = []
+        self._fences = Fences(config.driver_silence_s, is_local=self._is_local)
 
     def start(
         self,
@@ -121,7 +114,7 @@ class RayGroup:
         for seat in self._ordered:
             if seat.is_lost:  # between attempts: no worker was with it
                 self._give_up(seat)
-        self._unproven = []
+        self._fences.forget()
         with self._timed("placing workers"):
             self._place(plan, avoid)
             self._describe_nodes()
@@ -153,7 +146,7 @@ class RayGroup:
         messages: list[Message] = []
         for heard in self._listener.wait(timeout_s):
             if isinstance(heard, Drained):
-                messages += self._draining(heard)
+                messages += told_to_leave(heard, self._ordered, self._attempt)
             elif not isinstance(heard, Lost):
                 messages += [heard] if heard.attempt in (self._attempt, NO_ATTEMPT) else []
             elif self._seats.get(heard.seat.worker) is heard.seat:
@@ -186,18 +179,8 @@ class RayGroup:
             self._get({0: proof}, limit_s=_PROOF_TIMEOUT_S)
 
     def kill(self) -> None:
-        """End all processes of the attempt; returns when they are proven gone.
-
-        An agent that answers has seen the end of its worker. One that does not has ended it by
-        itself `cluster.driver_silence_s` after it last heard from here: that time is waited out.
-        """
-        killing = [(seat, seat.actor.kill.remote()) for seat in self._ordered]
-        for seat, killed in killing:
-            if not self._is_done(seat, killed):
-                self._give_up(seat)
-        lost, self._unproven = self._unproven, []
-        for seat in lost:
-            self._await_fence(seat)
+        """End all processes of the attempt; returns when they are proven gone."""
+        self._fences.end_all(self._ordered, self._give_up)
 
     def close(self) -> None:
         """Give everything back: actors, placement group, Ray if it was started here."""
@@ -213,35 +196,14 @@ class RayGroup:
         finally:
             self._seats, self._listener, self._reaper = {}, None, None
 
-    def _is_done(self, seat: Seat, answer: Any) -> bool:
-        """Wait until an agent has done something; not longer than it can be heard."""
-        deadline = time.monotonic() + _KILL_TIMEOUT_S
-        while not seat.is_lost and time.monotonic() < deadline:
-            if ray.wait([answer], timeout=_LOOK_INTERVAL_S)[0]:
-                try:
-                    ray.get(answer)
-                except RayError:
-                    return False
-                return True
-        return False
-
     def _give_up(self, seat: Seat) -> None:
         """Turn from an agent that does not answer: it shall hear nothing that keeps its worker."""
         assert self._listener is not None
         self._listener.remove(seat)
         ray.kill(seat.actor)
         self._seats.pop(seat.worker, None)
-        self._unproven.append(seat)
+        self._fences.lose(seat)
         self._places.suspect(seat.worker)
-
-    def _await_fence(self, seat: Seat) -> None:
-        """Wait until the worker of a lost agent is gone: seen here, or ended there by its agent."""
-        deadline = seat.heard + self._config.driver_silence_s + _FENCE_MARGIN_S
-        while time.monotonic() < deadline:
-            # Without its agent a worker ends at once; on this machine that can be seen.
-            if self._is_local and not Path(f"/proc/{seat.pid}").exists():
-                return
-            time.sleep(_LOOK_INTERVAL_S)
 
     @property
     def _is_local(self) -> bool:
@@ -345,37 +307,13 @@ class RayGroup:
         seat = lost.seat
         log = self._plan.paths.worker_log(self._attempt, seat.worker)
         self._give_up(seat)
-        reason = f": {why_lost(lost.error)}" if lost.error is not None else ""
-        return Death(
-            worker=seat.worker,
-            attempt=self._attempt,
-            time=time.time(),
-            error=f"its agent on {seat.node.get('host', '?')} {lost.why}{reason}",
-            exit_status=None,
-            log_path=str(log),
-            log_tail="",
-            cause=self._cause_of(lost),
-        )
+        return death_of(lost, self._attempt, log, self._cause_of(lost))
 
     def _cause_of(self, lost: Lost) -> Cause:
         """Tell an agent that died from a node that is gone, or was taken away with notice."""
         if getattr(lost.error, "preempted", False):
             return Cause.preemption
         return Cause.worker if self._places.answers(lost.seat.worker) else Cause.node
-
-    def _draining(self, drained: Drained) -> list[Message]:
-        """Tell each worker on a node that is being drained."""
-        return [
-            Draining(
-                worker=seat.worker,
-                attempt=self._attempt,
-                time=time.time(),
-                host=seat.node["host"],
-                deadline=drained.deadline,
-            )
-            for seat in self._ordered
-            if seat.node.get("node_id") == drained.node_id
-        ]
 
     def _get(self, refs: dict[int, Any], limit_s: float | None = None) -> list[Any]:
         """Return what the agents of some workers answer, in this order.

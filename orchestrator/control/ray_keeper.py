@@ -171,14 +171,11 @@ def _make(order: dict[str, Any], stack: ExitStack) -> _Made:
 
 
 def _end_ray(made: _Made) -> None:
-    """End Ray; half a Ray is not asked, but killed: it would be waited for."""
+    """Ask Ray to end; half a Ray would be waited for, and is left to what `start_local` gave."""
     import ray
 
     if made.is_well:
         ray.shutdown()
-        return
-    for process in made.processes.values():
-        process.kill()
 
 
 def _take_leave(path: Path, own: Process, why: str) -> None:

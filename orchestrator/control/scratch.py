@@ -10,14 +10,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.errors import StorageError
+from orchestrator.reaper import temporary_folder
 
 _PREFIX = "orch-run-"
 _LOCK = "lock"
@@ -25,9 +25,6 @@ _LOCK = "lock"
 _LONGEST_ROOT = 107 - 68 - len(f"/{_PREFIX}abcdefgh")
 # What was made a moment ago may not be locked yet.
 _SETTLED_S = 60.0
-# Waits for the end of the run at the other end of the pipe. What the run has started ends with it,
-# and may still write for a moment.
-_WATCH = 'read _; for _ in 1 2 3; do rm -rf "$1"; sleep 0.5; done; rm -rf "$1"'
 
 
 @contextmanager
@@ -43,22 +40,16 @@ def scratch_folder() -> Iterator[Path]:
     root = tempfile.gettempdir()
     is_short = len(root) <= _LONGEST_ROOT
     sweep(Path(root if is_short else "/tmp"))
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root if is_short else "/tmp"))
-        lock = (folder / _LOCK).open("w")
-    except OSError as error:
-        raise StorageError(f"cannot make a temporary folder: {error}; set TMPDIR") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        watcher = _watch(folder)
+    with ExitStack() as stack:
         try:
-            with _environment({"TMPDIR" if is_short else "RAY_TMPDIR": str(folder)}):
-                yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                watcher.kill()
-            watcher.communicate()  # it removes what a process on its way out has written since
+            made = temporary_folder(_PREFIX, root if is_short else "/tmp")
+            folder = stack.enter_context(made)
+            lock = stack.enter_context((folder / _LOCK).open("w"))
+        except OSError as error:
+            raise StorageError(f"cannot make a temporary folder: {error}; set TMPDIR") from error
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.enter_context(_environment({"TMPDIR" if is_short else "RAY_TMPDIR": str(folder)}))
+        yield folder
 
 
 def sweep(root: Path) -> None:
@@ -74,18 +65,6 @@ def sweep(root: Path) -> None:
 
 def _age_s(folder: Path) -> float:
     return time.time() - folder.stat().st_ctime
-
-
-def _watch(folder: Path) -> subprocess.Popen[bytes]:
-    """Start what removes the folder should this process be killed."""
-    return subprocess.Popen(
-        ["/bin/sh", "-c", _WATCH, "sh", str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        start_new_session=True,
-    )
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, StartFailed
+from orchestrator.reaper import temporary_folder
 from orchestrator.track.mlflow_client import open_client
 from orchestrator.track.mlflow_server import (
     LOOPBACK,
@@ -52,8 +52,8 @@ def serve(model_dir: Path, name: str, host: str, port: int | None) -> int:
     """
     port = free_port(host, port, PORTS)
     url = url_of(host, port)
-    with tempfile.TemporaryDirectory(prefix="orchestrator-serve-") as folder:
-        log = Path(folder) / "server.log"
+    with temporary_folder("orchestrator-serve-") as folder:
+        log = folder / "server.log"
         try:
             with running(_command(model_dir, host, port), log, _environment()) as server:
                 print(f"loading {name}", flush=True)
@@ -124,10 +124,10 @@ def registered(uri: str, model: str) -> Iterator[tuple[Path, str]]:
     is_logged = address.startswith("m-") and address != model
     if not is_logged:
         address = _version(client, address)
-    with tempfile.TemporaryDirectory(prefix="orchestrator-model-") as folder:
+    with temporary_folder("orchestrator-model-") as folder:
         try:
             path = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"models:/{address}", dst_path=folder, tracking_uri=uri
+                artifact_uri=f"models:/{address}", dst_path=str(folder), tracking_uri=uri
             )
         except MlflowException as error:
             raise ConfigError(f"model={model}: {error.message}") from error

@@ -150,6 +150,11 @@ def statuses(folder: Path) -> list[str]:
     return [row["status"] for row in database(folder)]
 
 
+def wait_until_known_as(folder: Path, *expected: str) -> None:
+    """Wait for the status of each of MLflow's runs: what a stopped run had no time for follows."""
+    wait_for(lambda: statuses(folder) == [*expected], f"MLflow to say {expected}")
+
+
 def interrupt(process: subprocess.Popen[str], number: int = signal.SIGINT) -> None:
     """Send a signal to the command itself."""
     process.send_signal(number)

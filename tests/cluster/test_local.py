@@ -109,8 +109,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: 
     assert [path.name for path in list_checkpoints(run.checkpoints_dir)] == [
         f"step-{stopped_at:08}"
     ]
-    # On a slow machine the guardian tells MLflow what the command had no time for.
-    rig.wait_for(lambda: rig.statuses(tmp_path) == ["KILLED"], "MLflow to know that it was stopped")
+    rig.wait_until_known_as(tmp_path, "KILLED")
 
     # The run keeps its own overrides: 160 steps, in blocks of 4.
     resumed = train("resume=latest", cwd=tmp_path)
@@ -140,7 +139,7 @@ def test_other_signals_save_too(tmp_path: Path, number: signal.Signals) -> None:
     ended = rig.finish(process, tmp_path)
     assert ended.code == (143 if number is signal.SIGTERM else 130), ended.out
     assert newest_valid(run.checkpoints_dir).path is not None
-    assert rig.database(tmp_path)[0]["status"] == "KILLED"
+    rig.wait_until_known_as(tmp_path, "KILLED")
 
 
 def test_a_second_ctrl_c_ends_it_now_and_leaves_no_process(tmp_path: Path) -> None:
@@ -154,7 +153,7 @@ def test_a_second_ctrl_c_ends_it_now_and_leaves_no_process(tmp_path: Path) -> No
     ended = rig.finish(process, tmp_path)
     assert ended.code == 130, ended.out
     assert not any(rig.is_alive(pid) for pid in pids.values())
-    assert rig.database(tmp_path)[0]["status"] == "KILLED"
+    rig.wait_until_known_as(tmp_path, "KILLED")
 
 
 @pytest.mark.thorough

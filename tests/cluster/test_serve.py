@@ -174,10 +174,16 @@ def test_the_printed_command_serves_and_its_curl_line_asks(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_registered_model_is_served_from_a_server_until_it_is_ended(
-    one_device: Ended, golden: dict[str, np.ndarray], mlflow_server: str, number: int
+    one_device: Ended,
+    golden: dict[str, np.ndarray],
+    mlflow_server: str,
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert sync(one_device.run.root, uri=mlflow_server).missing == ""
     arguments = f"model=blobs@champion tracking.uri={mlflow_server} port={free_port()}"
     command = f"{sys.executable} -m orchestrator serve {arguments}"
@@ -186,9 +192,18 @@ def test_a_registered_model_is_served_from_a_server_until_it_is_ended(
             ask(said, one_device), golden["outputs"][:1], rtol=1e-4, atol=1e-4
         )
         started = psutil.Process(server.pid).children(recursive=True)
+        assert [path.name.rpartition("-")[0] for path in sorted(tmp_path.iterdir())] == [
+            "orchestrator-model",
+            "orchestrator-serve",
+        ]
         server.send_signal(number)
-        assert server.wait(30) == 0
-        assert not [process for process in started if rig.is_alive(process.pid)]
+        assert server.wait(30) == (-number if number == signal.SIGKILL else 0)
+        rig.wait_for(
+            lambda: not [process for process in started if rig.is_alive(process.pid)],
+            "its processes to be gone",
+            5,
+        )
+        rig.wait_for(lambda: not list(tmp_path.iterdir()), "its folders to be gone", 5)
 
 
 # --- Outside MLflow, as docs/tracking.md says ---

@@ -24,6 +24,7 @@ from tests.cluster.rig import (
     start,
     statuses,
     wait_for,
+    wait_until_known_as,
 )
 from tests.faults import rig
 from tests.faults.rig import JOB, QUIET, TWO, ended, paced, status, wait_for_record
@@ -94,7 +95,7 @@ def test_a_stop_in_any_phase_saves_what_was_made(tmp_path: Path, phase: str) -> 
     assert newest(run) == last_step(run), out.out
     assert status(run) == "KILLED"
     if records(run, "BlockDone"):
-        wait_for(lambda: statuses(tmp_path) == ["KILLED"], "MLflow to know that it was stopped")
+        wait_until_known_as(tmp_path, "KILLED")
 
 
 @pytest.mark.thorough
@@ -175,7 +176,7 @@ def test_a_stop_of_the_whole_process_group_while_tracing_saves(tmp_path: Path) -
     assert out.code == 143, out.out
     assert time.monotonic() - begin < _STOP_S
     assert newest(run) == last_step(run) > 0
-    wait_for(lambda: statuses(tmp_path) == ["KILLED"], "MLflow to know that it was stopped")
+    wait_until_known_as(tmp_path, "KILLED")
 
 
 @pytest.mark.thorough
