@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.environment import without_make
 
 ROOT = Path(__file__).parents[1]
 LOCKS = sorted(path.name for path in (ROOT / "requirements").glob("*.lock"))
@@ -51,10 +52,9 @@ def pinned(lock: str) -> dict[str, set[str]]:
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    # `make test` hands its own flags and variables down to every make beneath it.
-    own = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "args", "conf", "device")
-    env = {name: value for name, value in os.environ.items() if name not in own}
-    return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, env=without_make(), capture_output=True, text=True
+    )
 
 
 def test_no_committed_file_names_a_package_index() -> None:

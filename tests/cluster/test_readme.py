@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -12,13 +11,12 @@ import pytest
 
 from orchestrator.spec.config import load_config
 from tests.cluster import rig
+from tests.environment import without_make
 from tests.jobs.test_docs import write_example
 
 PAGES = [rig.ROOT / "README.md", *sorted((rig.ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 VERBS = ("train", "plan", "config", "submit")
-# What `make test args=...` passes on would count for the commands below too.
-ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
 
 
 def printed_commands() -> list[str]:
@@ -42,7 +40,7 @@ def test_a_printed_command_is_accepted(command: str, tmp_path: Path) -> None:
     shown = subprocess.run(
         ["make", "--dry-run", *shlex.split(command)[1:]],
         cwd=rig.ROOT,
-        env=ENVIRONMENT,
+        env=without_make(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -68,7 +66,7 @@ def test_the_first_command_trains_to_what_is_promised(
     ended = subprocess.run(
         ["make", "train", f"conf={job}", f"args=runs_dir={tmp_path / 'runs'}"],
         cwd=rig.ROOT,
-        env=ENVIRONMENT,
+        env=without_make(),
         capture_output=True,
         text=True,
         timeout=240,
