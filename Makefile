@@ -72,8 +72,9 @@ submit: .venv/.stamp-$(device) ## Train on a Ray cluster: conf=mnist address=htt
 runs: .venv/.stamp-$(device) ## Look at runs and stop them: args="status mnist/RUN"
 	$(orchestrator) runs $(if $(args),$(args),list)
 
-# Those of tests/train keep a processor busy while those of tests/cluster wait for processes.
-everything := --ignore=tests/gpu -p tests.beside --beside=tests/train --alone=tests/faults
+# These keep a processor busy while those of tests/cluster wait for processes, about as long.
+beside := train verify jobs spec sweep track test_guardian.py
+everything := --ignore=tests/gpu -p tests.beside $(beside:%=--beside=tests/%) --alone=tests/faults
 
 test: lint types ## Lint, types, all tests but tests/gpu (args= names others)
 	@exec $(python) -m pytest --durations=10 -rs $(or $(args),$(everything))

@@ -36,6 +36,7 @@ class Paced:
         self.step = first_step
         self.slowest_s = 0.0
         self.said: list[str] = []
+        self._heard = 0
         self._pause = threading.Event()
         journal = Path(facts.root) / "journal.jsonl"
         self._record = Record(journal, facts, notice=self.said.append)
@@ -62,9 +63,13 @@ class Paced:
         self.until(lambda: self.step >= end, f"step {end}")
 
     def until_said(self, words: str) -> None:
-        """Train until the user is told something that was not told before."""
-        before = len(self.said)
-        self.until(lambda: any(words in line for line in self.said[before:]), words)
+        """Train until the user is told something, after what was waited for the last time."""
+        self.until(lambda: any(words in line for line in self.said[self._heard :]), words)
+        self._heard = next(
+            number
+            for number, line in enumerate(self.said, 1)
+            if number > self._heard and words in line
+        )
 
     def end(self, status: str = "FINISHED", deadline_s: float = 60.0) -> Report:
         """End the run."""
