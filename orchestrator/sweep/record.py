@@ -41,6 +41,11 @@ class SweepRecord:
         """Why MLflow lacks something; empty if it has everything."""
         return self._parent.missing
 
+    @property
+    def is_late(self) -> bool:
+        """Whether MLflow was still at work when the time of `end` was over."""
+        return self._parent.is_late
+
     def update(self, states: Sequence[ChildState]) -> None:
         """Tell MLflow's thread of the children that have a run there."""
         for state in states:

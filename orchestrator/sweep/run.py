@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from orchestrator.errors import ConfigError, ExitCode
-from orchestrator.guardian import guarded
+from orchestrator.guardian import Guard, guarded
 from orchestrator.lease import Lease
 from orchestrator.signals import Stops
 from orchestrator.spec.config import load_kept
@@ -71,14 +71,14 @@ def sweep(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
         lease = Lease(RunPaths(found.paths.root))
         stack.callback(lease.release)
         config = _settings(found, overrides)
-        stack.enter_context(
+        guard = stack.enter_context(
             guarded(
                 RunPaths(found.paths.root),
                 *tracking_store(config, found.cwd),
                 module="orchestrator.sweep.guardian",
             )
         )
-        return Sweeping(found, config, stops).run(is_first=is_first)
+        return Sweeping(found, config, stops, guard).run(is_first=is_first)
 
 
 def _settings(found: Sweep, overrides: list[str]) -> RunConfig:
@@ -96,11 +96,12 @@ def _settings(found: Sweep, overrides: list[str]) -> RunConfig:
 class Sweeping:
     """One command's work on a sweep."""
 
-    def __init__(self, found: Sweep, config: RunConfig, stops: Stops):
+    def __init__(self, found: Sweep, config: RunConfig, stops: Stops, guard: Guard):
         """Read how far the children are; start nothing yet."""
         self._sweep = found
         self._config = config
         self._stops = stops
+        self._guard = guard
         self._states = states_of(found)
         self._is_stopping = False
         asked = config.sweep.parallel
@@ -137,6 +138,8 @@ class Sweeping:
         self._stops.hand_over(None)
         self._screen.table()
         self._record.end(self._states, hurried=self._stops.is_hurried, stopped=self._is_stopping)
+        if self._is_stopping and self._record.is_late:
+            self._guard.hand_over()
         self._say_what_next()
         return self._code()
 

@@ -45,7 +45,12 @@ class Ending:
 
 
 class ParentRun:
-    """Keeps a sweep's run in MLflow up to date in the background."""
+    """Keeps a sweep's run in MLflow up to date in the background.
+
+    Attributes:
+        missing: why MLflow lacks something; empty if it has everything.
+        is_late: whether MLflow was still at work when the time of `finish` was over.
+    """
 
     def __init__(self, facts: RunFacts, began: float, notice: Callable[[str], None]):
         """Begin without touching MLflow.
@@ -66,6 +71,7 @@ class ParentRun:
         self._store: Store | None = None
         self._client: Any = None
         self.missing = "MLflow was not reached"
+        self.is_late = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def start(self) -> None:
@@ -85,6 +91,7 @@ class ParentRun:
         self.start()
         self._wake.set()
         self._thread.join(deadline_s)
+        self.is_late = self._thread.is_alive()
 
     def _work(self) -> None:
         failures = 0

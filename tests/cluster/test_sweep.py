@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,22 @@ def test_an_interrupted_sweep_saves_and_goes_on(tmp_path: Path) -> None:
     assert done.code == 0, done.out
     assert statuses(tmp_path) == ["FINISHED", "FINISHED"]
     assert [len(rig.losses(run)) for run in children(tmp_path)] == [120, 120]
+
+
+@pytest.mark.thorough
+def test_a_sweep_that_is_ended_at_once_leaves_nothing_running_in_mlflow(tmp_path: Path) -> None:
+    long = [text.replace("train.steps=120", "train.steps=100000") for text in SLOW]
+    process = sweep(tmp_path, *long, "train.seed=1,2")
+
+    def all_are_known() -> bool:
+        return rig.statuses(tmp_path) == ["RUNNING"] * 3
+
+    wait_for(all_are_known, "the parent and both children in MLflow")
+    rig.interrupt(process)
+    time.sleep(0.2)
+    rig.interrupt(process)
+    assert finish(process, tmp_path).code == 130
+    rig.wait_until_known_as(tmp_path, "KILLED", "KILLED", "KILLED")
 
 
 @pytest.mark.thorough
