@@ -137,7 +137,10 @@ install_device() {
 warm_up() {
     export PYTHONDONTWRITEBYTECODE= TF_CPP_MIN_LOG_LEVEL=3
     $python -c 'import tensorflow' 2>/dev/null &
-    $python -c 'import hydra, mlflow.pyfunc, psutil, ray, rich.progress' 2>/dev/null || :
+    $python -c '
+import hydra, psutil, ray, rich.progress
+import mlflow.pyfunc, mlflow.store.tracking.sqlalchemy_store
+import matplotlib.backends.backend_agg, matplotlib.figure' 2>/dev/null || :
     wait
 }
 
