@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class Listed:
         metric = self.params.get("best.metric", "None")
         values = [found[metric] for found in self.evaluated.values() if metric in found]
         if values:
+            # Comparing with NaN says no, so that a first one would stay.
+            values = [value for value in values if not math.isnan(value)] or values
             best = max(values) if self.params.get("best.mode") == "max" else min(values)
             return f"best {metric} {best:.4g}"
         last = self.evaluated[max(self.evaluated)]

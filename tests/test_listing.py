@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def test_runs_are_listed_newest_first(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_the_best_value_is_told_where_the_run_has_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = [evaluated(1, loss=0.2), evaluated(2, loss=0.1), evaluated(3, loss=0.3)]
+    losses = (math.nan, 0.2, 0.1, 0.3)
+    results = [evaluated(step, loss=loss) for step, loss in enumerate(losses)]
     settings = {"best.metric": "loss", "best.mode": "min"}
     leave(tmp_path, "mnist/a", *results, ENDED, began=time.time(), **settings)
     list_runs(["job=mnist"], tmp_path)

@@ -32,7 +32,8 @@ def _kill_twice(scene: Scene) -> None:
     scene.signal(signal.SIGKILL, scene.other)
     watch = scene.watch
     if not scene.until(lambda: watch.attempt > first and 0 in watch.pids):
-        raise NotRun("no second attempt came")
+        scene.trouble = "no second attempt came"
+        return
     scene.signal(signal.SIGKILL, 0)
 
 
@@ -122,6 +123,11 @@ def _fill_disk(scene: Scene) -> None:
     saved = scene.until(lambda: scene.watch.saved > freed or scene.watch.attempt != attempt)
     if saved and scene.watch.attempt == attempt:
         scene.notes.append(f"saved again {scene.watch.saved - freed} steps after")
+    told = [r for r in read(scene.paths.journal) if r["kind"] == "SaveFailed"]
+    if not any(record["time"] >= scene.moment for record in told):
+        scene.trouble = "no save failed: the disk was not full for it"
+    elif not saved:
+        scene.trouble = "no save succeeded once there was room again"
 
 
 def _take_tracking_down(scene: Scene) -> None:
@@ -131,7 +137,8 @@ def _take_tracking_down(scene: Scene) -> None:
     until = watch.step + 100
     scene.moment = time.time()
     scene.server.stop()
-    scene.until(lambda: watch.step >= until)
+    if not scene.until(lambda: watch.step >= until):
+        scene.trouble = "training did not go on while MLflow was away"
     # Before it starts: that takes the processors for seconds.
     late = delays(read(scene.paths.journal), attempt)
     during = longest(late, scene.moment, math.inf)
@@ -212,7 +219,7 @@ _FAULTS = (
         FaultName.disk_full,
         _fill_disk,
         Ends.nothing,
-        after=lambda scene: "",
+        after=lambda scene: scene.trouble,
         num_steps=160,
         lost_intervals=0,
     ),

@@ -112,7 +112,7 @@ class Storm:
             row.trouble = f"a process was gone before it was struck: {error}"
         self._see(row, attempt)
         if not row.trouble:
-            row.trouble = fault.after(scene) or self._too_much_lost(row)
+            row.trouble = scene.trouble or fault.after(scene) or self._too_much_lost(row)
         row.note = ", ".join(scene.notes)
         return row
 
@@ -134,7 +134,7 @@ class Storm:
         """Wait for what must come of a fault that struck in this attempt."""
         match row.fault.ends:
             case Ends.restart:
-                self._see_restart(row)
+                self._see_restart(row, attempt)
             case Ends.resume:
                 self._see_resume(row)
             case Ends.nothing:
@@ -143,7 +143,7 @@ class Storm:
                 elif self._scene.watch.attempt != attempt:
                     row.trouble = f"the group restarted, {self._where()}"
 
-    def _see_restart(self, row: Row) -> None:
+    def _see_restart(self, row: Row, first: int) -> None:
         scene, watch, moment = self._scene, self._scene.watch, self._scene.moment
         old, group = watch.attempt, scene.group
 
@@ -161,7 +161,9 @@ class Storm:
             row.trouble = f"nothing came of it, {self._where()}"
             return
         row.resumed_s = time.time() - moment
-        row.steps_lost = watch.done[old] - watch.began_at
+        # Of two attempts that were struck the later one may have made no step.
+        done = max(watch.done[attempt] for attempt in range(first, watch.attempt))
+        row.steps_lost = done - watch.began_at
 
     def _is_ignored(self, row: Row, attempt: int) -> bool:
         """Tell whether the attempt goes on as if nothing had happened."""

@@ -29,6 +29,7 @@ class Pace:
         eval_s: of each evaluation.
         began: Unix time of the newest start.
         start_s: from there to the first step.
+        is_starting: whether that step is not made yet.
     """
 
     params: Mapping[str, str] = field(default_factory=dict)
@@ -36,17 +37,20 @@ class Pace:
     eval_s: list[float] = field(default_factory=list)
     began: float = 0.0
     start_s: float = 0.0
+    is_starting: bool = True
 
     def observe(self, record: Mapping[str, Any]) -> None:
         """Take note of one record of the journal."""
         match record.get("kind"):
             case "RunStarted":
                 self.params, self.began = record["facts"]["params"], record["time"]
+                self.is_starting = True
             case "AttemptStarted":
                 self.blocks = []
             case "BlockDone" if record["worker"] == 0:
-                if not self.blocks:
+                if self.is_starting:
                     self.start_s = record["time"] - record["wall_s"] - self.began
+                    self.is_starting = False
                 self.blocks.append((record["num_steps"], record["wall_s"]))
             case "Evaluated":
                 self.eval_s.append(record["wall_s"])

@@ -15,21 +15,29 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.secrets import mask_text
 from orchestrator.sweep.folder import read_sweep
 from orchestrator.sweep.record import facts_of
-from orchestrator.sweep.state import states_of
+from orchestrator.sweep.state import ChildState, states_of
 from orchestrator.track.mlflow_sweep import end_parent
 
 
 def end_sweep(root: Path) -> None:
-    """Say in MLflow that a sweep that nobody works on was killed."""
+    """Say in MLflow how a sweep that nobody works on has ended."""
     time.sleep(GRACE_S)
     sweep = read_sweep(root)
-    if sweep.paths.recorded.exists() or not any(s.mlflow_run for s in states_of(sweep)):
+    states = states_of(sweep)
+    if sweep.paths.recorded.exists() or not any(state.mlflow_run for state in states):
         return
     text = sweep.paths.config(sweep.children[0].name).read_text()
     facts = facts_of(sweep, load_kept(text, {}, sweep.config_dir))
     with held(RunPaths(root)) as is_held:
         if is_held:
-            end_parent(facts, sweep.began, "KILLED")
+            end_parent(facts, sweep.began, _status([state for state in states if state.is_open]))
+
+
+def _status(left: list[ChildState]) -> str:
+    """Return the status of a sweep that has such children left."""
+    if not left:
+        return "FINISHED"
+    return "FAILED" if all(state.status == "failed" for state in left) else "KILLED"
 
 
 if __name__ == "__main__":

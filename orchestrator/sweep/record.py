@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Sequence
 
 from orchestrator.provenance import provenance
@@ -81,7 +82,14 @@ class SweepRecord:
         files = [paths.table, paths.csv, paths.plot, paths.sweep]
         deadline_s = _STOP_DEADLINE_S if stopped else _DEADLINE_S
         self._parent.finish(
-            Ending(status=status, text=text, files=files, metrics=metrics, tags=tags),
+            Ending(
+                status=status,
+                text=text,
+                files=files,
+                time_ms=round(time.time() * 1000),
+                metrics=metrics,
+                tags=tags,
+            ),
             _HURRY_DEADLINE_S if hurried else deadline_s,
         )
         if status == "FINISHED" and not self.missing:

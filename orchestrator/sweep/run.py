@@ -138,7 +138,7 @@ class Sweeping:
         self._stops.hand_over(None)
         self._screen.table()
         self._record.end(self._states, hurried=self._stops.is_hurried, stopped=self._is_stopping)
-        if self._is_stopping and self._record.is_late:
+        if self._record.is_late:
             self._guard.hand_over()
         self._say_what_next()
         return self._code()
@@ -208,7 +208,8 @@ class Sweeping:
         self._is_stopping = True
         running = [state for state in self._states if state.process is not None]
         for state in running:
-            stop_child(state)
+            if not state.stopped:  # a second signal would keep it from saving
+                stop_child(state)
         return bool(running)
 
     def _hurry(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -101,7 +102,9 @@ class ChildState:
         values = [metrics[best.metric] for metrics in found.values() if best.metric in metrics]
         if not values:
             return None
-        return min(values) if best.mode is BestMode.min else max(values)
+        # Comparing with NaN says no, so that a first one would stay.
+        numbers = [value for value in values if not math.isnan(value)] or values
+        return min(numbers) if best.mode is BestMode.min else max(numbers)
 
 
 _INTERRUPTIONS = (ExitCode.INTERRUPTED, ExitCode.TERMINATED, ExitCode.OUT_OF_TIME)

@@ -116,7 +116,8 @@ class Goodput:
                 self._leave(time)
             case "Waiting":
                 self._pass(time)
-                self._move(Use.recovering, Use.waiting, record["seconds"])
+                if self._use is not None:
+                    self._move(self._use, Use.waiting, record["seconds"])
             case "AttemptStarted":
                 self._pass(time)
                 self._use = Use.recovering if self._is_recovering else Use.starting

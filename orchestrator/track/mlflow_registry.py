@@ -84,10 +84,10 @@ def _metrics(model_id: str, proof: Mapping[str, Any], origin: Origin) -> list[An
         for name, key in _FIGURES.items()
         if name in proof
     ]
-    evaluated, data = origin.evaluations.get(origin.step), origin.data.get("eval")
+    evaluated, data = origin.told.get(origin.step), origin.data.get("eval")
     if evaluated is None or data is None:
         return metrics
-    # The run has these points too: with the same time they are the same ones.
+    # The run has these points too: with the same time and value they are the same ones.
     return metrics + [
         Metric(
             legal(f"eval/{name}"),

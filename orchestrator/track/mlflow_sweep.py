@@ -23,6 +23,8 @@ STOPPED_TAG = "orchestrator.sweep.stopped"
 _LOOK_S = 2.0
 _BACK_OFF_S = 5.0
 _TRIES_AT_END = 3
+# What MLflow says of a run that somebody has deleted, for good or not.
+_DELETED = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +36,14 @@ class Ending:
         text: the description, Markdown.
         files: become artifacts.
         metrics: of the best child.
+        time_ms: of the metrics, in Unix milliseconds.
         tags: more of the parent's.
     """
 
     status: str
     text: str
     files: Sequence[Path]
+    time_ms: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,6 +96,8 @@ class ParentRun:
         self._wake.set()
         self._thread.join(deadline_s)
         self.is_late = self._thread.is_alive()
+        if self.is_late:
+            self.missing = self.missing or f"MLflow took more than {deadline_s:g} s"
 
     def _work(self) -> None:
         failures = 0
@@ -120,6 +126,8 @@ class ParentRun:
                 self._wake.clear()
 
     def _advance(self) -> None:
+        from mlflow.exceptions import MlflowException
+
         if self._store is None:
             self._store = Store(self._facts, None, self._began_ms)
             self._client = open_client(self._facts.tracking_uri, self._facts.timeout_s)
@@ -130,15 +138,21 @@ class ParentRun:
             tags = {PARENT_TAG: self._store.run_id, SWEEP_TAG: self._facts.run, **more}
             if self._done.get(run) == tags:
                 continue
-            for key, value in tags.items():
-                self._client.set_tag(run, key, value)
+            try:
+                for key, value in tags.items():
+                    self._client.set_tag(run, key, value)
+            except MlflowException as error:
+                if error.error_code not in _DELETED:
+                    raise
+                continue  # somebody has deleted it; the others belong to the sweep all the same
             self._done[run] = tags
 
     def _end(self, ending: Ending) -> None:
         assert self._store is not None
         run = self._store.run_id
         for name, value in ending.metrics.items():
-            self._client.log_metric(run, name, value, timestamp=self._began_ms, step=0)
+            # Of two values at one step MLflow shows that of the later command.
+            self._client.log_metric(run, name, value, timestamp=ending.time_ms, step=0)
         for key, text in ending.tags.items():
             self._client.set_tag(run, key, text)
         for path in ending.files:

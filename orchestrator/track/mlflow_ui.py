@@ -36,7 +36,7 @@ def open_ui(uri: str, artifact_root: str, port: int | None, experiment: str | No
 
     Raises:
         ConfigError: there is no record yet, or the port is taken.
-        StorageError: MLflow does not start.
+        StorageError: MLflow does not start, or has ended by itself.
     """
     if not uri.startswith("sqlite:///"):
         print(_link(uri.rstrip("/"), uri, experiment), flush=True)
@@ -56,7 +56,8 @@ def open_ui(uri: str, artifact_root: str, port: int | None, experiment: str | No
             if not answers_soon(server, f"{address}/health", _START_TIMEOUT_S):
                 raise StorageError(f"MLflow's server did not start; {tail(log)}")
             print(f"MLflow shows the runs at\n\n  {link}\n\nCtrl-C ends it.", flush=True)
-            server.wait()
+            code = server.wait()
+            raise StorageError(f"MLflow's server has ended by itself ({code}); {tail(log)}")
     except KeyboardInterrupt:
         print(flush=True)
     return 0

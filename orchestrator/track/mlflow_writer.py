@@ -118,15 +118,17 @@ class Writer:
     def end(self, status: str | None) -> str | None:
         """Upload files and model and set the status; return the model's address."""
         store = self._connected()
-        found = account(read(self._paths.journal))
-        store.log_files(self._paths, found.nodes.facts)
-        store.tag(DESCRIPTION_TAG, summarise(found))
-        model_uri = None
-        if (self._paths.mlflow_model_dir / "MLmodel").exists():
-            model_uri = log_model(store, self._paths, origin(read(self._paths.journal)))
-        if status is not None:
-            store.end(status, self._end_time_ms)
-        return model_uri
+        try:
+            found = account(read(self._paths.journal))
+            store.tag(DESCRIPTION_TAG, summarise(found))
+            store.log_files(self._paths, found.nodes.facts)
+            if (self._paths.mlflow_model_dir / "MLmodel").exists():
+                return log_model(store, self._paths, origin(read(self._paths.journal)))
+            return None
+        finally:
+            # It is true whether or not there is a place for files.
+            if status is not None:
+                store.end(status, self._end_time_ms)
 
     def _connected(self) -> Store:
         if self.store is not None and self._is_current:

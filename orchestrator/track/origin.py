@@ -25,6 +25,7 @@ class Origin:
         data: the DataUsed record of each split.
         ledgers: sums over all workers of what blocks used, by the last step of each block.
         evaluations: the Evaluated record at each step.
+        told: the first one at each step, which the charts have, however often it was made again.
         exported: the Exported record, or None.
     """
 
@@ -32,6 +33,7 @@ class Origin:
     data: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     ledgers: dict[int, int] = field(default_factory=dict)
     evaluations: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    told: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     exported: Mapping[str, Any] | None = None
     _attempt: int = 0
     _judged_from: int = 0
@@ -51,6 +53,7 @@ class Origin:
                 self.ledgers[end] = (self.ledgers.get(end, 0) + record["ledger"]) % 2**64
             case "Evaluated":
                 self.evaluations[record["step"]] = record
+                self.told.setdefault(record["step"], record)
             case "Exported":
                 self.exported = record
 

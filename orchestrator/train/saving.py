@@ -123,6 +123,8 @@ class Saving:
         written = folder_gauge(self._plan.paths.checkpoints_dir)
         for pause_s in (*_LAST_TRIES_S, None):
             with self._reporter.within(Phase.saving, written):
+                if self._saver is not None:
+                    self._saver.wait()  # else the wait counted as a stall of this save too
                 self.save(step, best, owes_evaluation=owes_evaluation)
                 if self._saver is not None:
                     self._saver.wait()

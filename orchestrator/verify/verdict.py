@@ -185,7 +185,7 @@ def _series(
     for step in sorted(left.keys() | right.keys()):
         a, b = left.get(step, math.nan), right.get(step, math.nan)
         scale = abs(a) if comparison.relative else max(1.0, abs(a))
-        error = abs(a - b) / scale if a != b else 0.0
+        error = 0.0 if a == b else abs(a - b) / scale if scale else math.inf
         found[step] = error if math.isfinite(error) else math.inf
     return found
 

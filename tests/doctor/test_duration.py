@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ RECORDS: list[dict[str, Any]] = [
     {"kind": "BlockDone", "worker": 0, "time": 117.0, "num_steps": 20, "wall_s": 2.0},
     {"kind": "Evaluated", "wall_s": 4.0},
 ]
+# A worker died an hour later.
+RESTARTED: list[dict[str, Any]] = [
+    {"kind": "AttemptStarted", "attempt": 2},
+    {"kind": "BlockDone", "worker": 0, "time": 3715.0, "num_steps": 2, "wall_s": 5.0},
+    {"kind": "BlockDone", "worker": 0, "time": 3717.0, "num_steps": 20, "wall_s": 2.0},
+]
 
 
-def leave(folder: Path, name: str, **changes: Any) -> None:
+def leave(folder: Path, name: str, *more: dict[str, Any], **changes: Any) -> None:
     """Write the journal of a run of the tiny job."""
     plan = tiny_plan(folder, **changes)
     root = plan.paths.root.with_name(name)
     root.mkdir(parents=True)
     journal = Journal(root / "journal.jsonl")
     facts = {"params": flatten(plan.config)}
-    for record in [{"kind": "RunStarted", "time": 100.0, "facts": facts}, *RECORDS]:
+    for record in [{"kind": "RunStarted", "time": 100.0, "facts": facts}, *RECORDS, *more]:
         journal.append(record)
     journal.close()
 
@@ -43,8 +50,11 @@ def test_a_job_that_never_ran_takes_an_unknown_time(tmp_path: Path) -> None:
     assert expected(tmp_path) == "unknown: tiny has not run here yet"
 
 
-def test_steps_evaluations_and_start_are_those_of_the_last_run(tmp_path: Path) -> None:
-    leave(tmp_path, "before")
+@pytest.mark.parametrize("more", [(), RESTARTED], ids=["undisturbed", "restarted"])
+def test_steps_evaluations_and_start_are_those_of_the_last_run(
+    tmp_path: Path, more: Sequence[dict[str, Any]]
+) -> None:
+    leave(tmp_path, "before", *more)
     # 500 steps at 10 a second, 5 evaluations of 4 s, 10 s to start.
     assert expected(tmp_path, train__steps=500, train__eval_every_steps=100) == (
         "about 80 s: 500 steps at 10.0 steps/s, 20 s of evaluation, 10 s to start; as before did"

@@ -263,6 +263,7 @@ def test_the_best_metric_says_which_child_is_best(tmp_path: Path) -> None:
     best = BestConfig(metric="accuracy", mode=BestMode.max, min_delta=0.0, patience=None)
     sweep = made(tmp_path)
     leave(sweep, 0, evaluated(50, 0.1), evaluated(100, 0.7), ended())  # 0.9 at step 50
-    leave(sweep, 1, evaluated(100, 0.2), ended())
+    # Its first evaluation had nothing to tell.
+    leave(sweep, 1, evaluated(50, math.nan), evaluated(100, 0.2), ended())
     winner = best_of(states_of(sweep), best)
     assert winner is not None and winner.child.name == "01"

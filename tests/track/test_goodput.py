@@ -153,6 +153,13 @@ def test_waiting_for_resources_is_no_recovering() -> None:
     }
 
 
+def test_waiting_before_the_first_attempt_is_no_starting() -> None:
+    waited = {"kind": "Waiting", "time": 95, "seconds": 90}
+    started, *rest = BEGIN
+    found = used(goodput([started | {"time": 0}, waited, *rest, run_ended(110)]))
+    assert found["waiting"] == 90 and found["starting"] == 14
+
+
 def test_other_workers_and_late_clocks_change_nothing() -> None:
     mixed = [
         *BEGIN,

@@ -56,6 +56,14 @@ def test_steps_that_were_made_again_count_once() -> None:
     assert params["config_fingerprint"] == fingerprint(BEST)
 
 
+def test_of_an_evaluation_made_again_the_charts_have_the_first() -> None:
+    first, again = evaluated(8, 0.5), evaluated(8, 0.5000001) | {"time": rig.START + 99}
+    found = origin(
+        [started(), ready(1, 0), used(0, 8, 1), first, ready(2, 0), used(0, 8, 1), again]
+    )
+    assert found.told == {8: first} and found.evaluations == {8: again}
+
+
 def test_the_ledger_of_an_earlier_checkpoint_ends_with_it() -> None:
     found = origin([started(), ready(1, 0), used(0, 4, 10), used(4, 4, 20), exported(4)])
     assert found.params()["ledger"] == f"{10:016x}"

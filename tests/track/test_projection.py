@@ -299,6 +299,19 @@ def num_tables(database: Path) -> int:
         return 0
 
 
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_status_is_true_where_files_find_no_place(
+    root: Path, tmp_path: Path, status: str
+) -> None:
+    (tmp_path / "file").touch()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    facts = rig.make_facts(root, uri, artifact_root=str(tmp_path / "file" / "artifacts"))
+    rig.write(root, *whole_run(facts, status))
+    report, _ = project(facts, status)
+    assert "NotADirectoryError" in report.missing
+    assert the_run(uri).info.status == status
+
+
 def test_a_database_that_cannot_be_used_is_reported_and_stops_nothing(
     root: Path, tmp_path: Path
 ) -> None:

@@ -204,11 +204,19 @@ def _nothing(self: Any) -> Any:
     yield
 
 
+class Faint(Tiny):
+    """Gives answers that are small."""
+
+    def serve(self, model: keras.Model, inputs: Any) -> Any:
+        return 1e-4 * super().serve(model, inputs)
+
+
+@pytest.mark.parametrize("make", [Tiny, Faint])
 @pytest.mark.parametrize("side", ["saved", "live"])
 def test_averages_that_were_not_swapped_in_are_seen(
-    tmp_path: Path, side: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, side: str, make: Callable[[], Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = Tiny()
+    job = make()
     model = job.model()
     averages = Averages(0.9, model.trainable_variables)
     for average in averages.variables[1:]:
