@@ -29,6 +29,7 @@ _ARTIFACTS_VARIABLE = "ORCHESTRATOR_GUARDED_ARTIFACTS"
 # Who restarts a driver at once, as a retry loop does, goes on with the run: nothing is to be ended.
 GRACE_S = 3.0
 _DEADLINE_S = 60.0
+_LOOK_S = 1.0
 # In the background, so that init adopts it: Ray's job stop ends a driver's children too. A job in
 # the background would read from /dev/null, hence the other descriptor.
 _WAIT = 'exec 3<&0; { read -r _ <&3 && exit 0; exec "$@" 3<&-; } &'
@@ -44,8 +45,12 @@ class Guard:
     is_owed = False
 
     def hand_over(self) -> None:
-        """Leave to the guardian what MLflow lacks of the record."""
+        """Leave to the guardian what the record lacks when this process ends."""
         self.is_owed = True
+
+    def take_back(self) -> None:
+        """Leave nothing to it: the record is whole."""
+        self.is_owed = False
 
 
 @contextlib.contextmanager
@@ -92,9 +97,15 @@ def end_record(root: Path, environment: Mapping[str, str]) -> None:
         root: the run folder.
         environment: holds the address of MLflow.
     """
-    time.sleep(GRACE_S)
     paths = RunPaths(root)
-    if not _close_journal(paths):
+    starts = _num_starts(paths)
+    time.sleep(GRACE_S)
+    # Whoever holds the run by now may yet be refused before it has begun.
+    while (has_closed := _close_journal(paths)) is None:
+        if _num_starts(paths) != starts:
+            return
+        time.sleep(_LOOK_S)
+    if not has_closed:
         return
     # Importing it takes seconds: the run may have been taken up meanwhile.
     from orchestrator.track.mlflow_projection import sync
@@ -112,12 +123,18 @@ def end_record(root: Path, environment: Mapping[str, str]) -> None:
         sync(root, **where, deadline_s=_DEADLINE_S)
 
 
-def _close_journal(paths: RunPaths) -> bool:
-    """Write down that the run has ended, if that is not known; tell whether nobody has it."""
+def _close_journal(paths: RunPaths) -> bool | None:
+    """Write down that the run has ended, if that is not known.
+
+    Returns:
+        Whether there is a run on record; None where somebody holds it.
+    """
     from orchestrator.track.journal import Journal, read
 
     with held(paths) as is_held:
-        newest = _newest_bound(read(paths.journal)) if is_held else None
+        if not is_held:
+            return None
+        newest = _newest_bound(read(paths.journal))
         if newest is None:
             return False
         if newest == "RunStarted":
@@ -126,6 +143,12 @@ def _close_journal(paths: RunPaths) -> bool:
             journal.append({"kind": "RunEnded", "time": now, "status": "KILLED", "cause": CAUSE})
             journal.close()
     return True
+
+
+def _num_starts(paths: RunPaths) -> int:
+    from orchestrator.track.journal import read
+
+    return sum(record.get("kind") == "RunStarted" for record in read(paths.journal))
 
 
 def _newest_bound(records: Iterator[Mapping[str, Any]]) -> str | None:

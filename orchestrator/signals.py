@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from types import FrameType
@@ -15,6 +16,7 @@ from orchestrator.errors import ExitCode, Interrupted
 
 # After a second signal everything must be over in 2 s, whatever still waits for an answer.
 _LAST_WORDS_S = 1.6
+_ECHO_S = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -29,12 +31,20 @@ class Stops:
         is_hurried: a second signal has come: everything ends at once.
     """
 
-    def __init__(self, *, end: Callable[[int], Any] = os._exit):
+    def __init__(
+        self,
+        *,
+        end: Callable[[int], Any] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """Catch nothing yet.
 
         Args:
             end: ends the process with an exit code when a second signal has found no end in time.
+            clock: seconds from any origin.
         """
+        self._clock = clock
+        self._came_at: dict[int, float] = {}
         self.is_hurried = False
         self._end = end
         self._signals: list[int] = []
@@ -98,7 +108,19 @@ class Stops:
         is_terminated = self._signals[-1] == signal.SIGTERM
         return ExitCode.TERMINATED if is_terminated else ExitCode.INTERRUPTED
 
+    def _is_echo(self, number: int) -> bool:
+        """Tell whether a signal is the one before it once more.
+
+        Who gets it with a whole process group gets it again from `make` or `timeout`, who pass on
+        what they get. Ctrl-C is not passed on.
+        """
+        now, before = self._clock(), self._came_at.get(number)
+        self._came_at[number] = now
+        return number != signal.SIGINT and before is not None and now - before < _ECHO_S
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_echo(number) and not self._asked:
+            return
         was_asked, at_once = self.is_asked, False
         if number == signal.SIGALRM:
             if was_asked:

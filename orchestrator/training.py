@@ -78,8 +78,11 @@ class Training:
         facts = make_facts(plan, mask_overrides(overrides))
         if plan.config.tracking.required:
             check(facts)
+        # Until the record has an end, the guardian is to write one.
+        guard.hand_over()
         self._record = Record(plan.paths.journal, facts, notice=screen.notice)
         self._tracking = False
+        self._is_stopping = False
         self._last_recorded = past.last_step if past is not None else 0
         self._supervisor = Supervisor(
             group,
@@ -96,7 +99,7 @@ class Training:
             first_attempt=1 + (past.attempts if past is not None else 0),
         )
         self._patience = JournalPatience(
-            self._record, plan, notice=screen.notice, stop=self._supervisor.stop
+            self._record, plan, notice=screen.notice, stop=self._save_and_stop
         )
 
     def run(self) -> ExitCode:
@@ -117,11 +120,14 @@ class Training:
             status, cause = "KILLED", "ended at once" if self._stops.is_hurried else "stopped"
         except OrchestratorError as error:
             status, cause = "FAILED", str(error)
-            self._screen.keep(cause)
-            raise
+            if self._stops.is_hurried:  # inline the worker takes the signal for a failure
+                status, cause = "KILLED", "ended at once"
+            else:
+                self._screen.keep(cause)
+                raise
         finally:
             report = self._end(status, cause)
-        self._stops.hand_over(lambda reason: True)  # it is leaving already
+            self._stops.hand_over(lambda reason: True)  # it is leaving already
         self._patience.refuse()
         self._summarise(status, report)
         return ExitCode.DONE if status == "FINISHED" else self._stops.exit_code
@@ -159,7 +165,7 @@ class Training:
 
     def _stop(self, reason: str) -> bool:
         """Ask the workers to save and stop; tell whether there are any to wait for."""
-        self._supervisor.stop()
+        self._save_and_stop()
         # Inline the worker has the main thread, and looks for requests itself.
         can_save = isinstance(self._group, InlineGroup) or self._supervisor.can_save
         if can_save:
@@ -167,6 +173,12 @@ class Training:
         else:
             self._screen.notice(f"{reason}: stopping; there is nothing to save")
         return can_save
+
+    def _save_and_stop(self) -> None:
+        """Ask once, whoever wants it: asked twice the supervisor would end everything."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._supervisor.stop()
 
     def _check_proof(self, outcome: Outcome) -> None:
         """Raise ExportError if the clean process refused the exported model."""
@@ -213,8 +225,10 @@ class Training:
                     break
                 except KeyboardInterrupt:
                     limit_s = None if limit_s is None else 0.0
-        if report.is_late:
-            self._guard.hand_over()
+        # An earlier driver may have left the run RUNNING in MLflow, which this one did not ask.
+        is_untold = limit_s is None and self._past is not None
+        if not report.is_late and not is_untold:
+            self._guard.take_back()
         return report
 
     def _summarise(self, status: str, report: Report) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
 import signal
@@ -34,7 +36,8 @@ def end() -> Ends:
 
 @pytest.fixture
 def stops(end: Ends) -> Iterator[Stops]:
-    with Stops(end=end) as caught:
+    ticks = itertools.count()
+    with Stops(end=end, clock=lambda: float(next(ticks))) as caught:
         yield caught
 
 
@@ -87,6 +90,19 @@ def test_a_signal_after_the_time_is_over_is_no_second_one(stops: Stops) -> None:
 
 def test_a_worker_that_was_asked_to_stop_gives_its_signals_code(stops: Stops) -> None:
     assert stops.exit_code is ExitCode.TERMINATED
+
+
+@pytest.mark.parametrize(
+    ("number", "counts"),
+    [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGINT, True)],
+)
+def test_a_signal_that_make_passes_on_counts_once(number: signal.Signals, counts: bool) -> None:
+    with Stops(clock=lambda: 0.0, end=lambda code: None) as stops:
+        stops.hand_over(lambda reason: True)
+        send(number)
+        with pytest.raises(Interrupted) if counts else contextlib.nullcontext():
+            send(number)
+        assert stops.is_hurried is counts
 
 
 def test_handlers_are_put_back() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.control.policy import Failure, GiveUp, Place, Retry, Wait, want
 from orchestrator.control.sizing import Sizing
 from orchestrator.control.story import decision_record, tell, tell_retry, waiting_record
-from orchestrator.errors import JobError
+from orchestrator.errors import BudgetSpent, ClusterError, JobError, StartFailed
 from orchestrator.spec.messages import Cause
 
 # While too few workers fit: how often that is looked at, and how often it is said.
@@ -18,6 +18,7 @@ _LOOK_S = 1.0
 _TELL_S = 30.0
 # A stop is honoured within so long.
 _NAP_S = 0.2
+_OF_GOING_ON = (BudgetSpent, StartFailed, ClusterError)
 
 
 class NextAttempt:
@@ -88,7 +89,9 @@ class NextAttempt:
     def _decide(self, failure: Failure | None, waits: bool) -> Retry | Place | GiveUp | None:
         """Decide, as late as there is room; None if the run was stopped before."""
         decision = self._sizing.decide(failure, 0.0)
-        if failure is not None and self._is_stopped() and not isinstance(decision, GiveUp):
+        # Budgets and room are for going on, which nobody wants any more.
+        is_given_up = isinstance(decision, GiveUp) and decision.error not in _OF_GOING_ON
+        if failure is not None and self._is_stopped() and not is_given_up:
             if failure.cause is Cause.job:
                 return GiveUp(JobError, "it failed while stopping")
             # What ends a host ends workers and driver in any order.

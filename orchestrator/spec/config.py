@@ -283,11 +283,22 @@ def _refuse_secrets(values: Any) -> None:
     """Refuse secrets that are written out: files and command lines are read by others."""
     errors = [
         f"{key}: a secret may not be written out; set it to ${{oc.env:NAME}} and export NAME"
-        for key, value in _leaves(values)
-        if is_literal_secret(key, value)
+        for key in dict.fromkeys(_literal_secrets("", values))
     ]
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def _literal_secrets(key: str, value: Any) -> Iterator[str]:
+    """Yield the keys of secrets that are written out, also below lists."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _literal_secrets(f"{key}.{name}" if key else str(name), item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _literal_secrets(key, item)
+    elif is_literal_secret(key, value):
+        yield key
 
 
 def _refuse_hidden(folders: list[Path]) -> None:

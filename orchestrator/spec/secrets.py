@@ -15,6 +15,9 @@ _KEY = re.compile(
 # A password may hold an @, and even a slash.
 _PASSWORD = r"[^/\s:@]*:(?!\d+(?:/|$))\S*"
 _CREDENTIALS = re.compile(rf"(?P<scheme>\w+://)(?:[^/\s]+|{_PASSWORD})@")
+# What stands for a reference to something that is set elsewhere, and such references.
+_REFERENCE = "\0"
+_INTERPOLATION = re.compile(r"\$\{[^${}]*\}")
 _LITERAL_CREDENTIALS = re.compile(rf"\w+://{_PASSWORD}@")
 
 
@@ -25,11 +28,23 @@ def is_secret_key(key: str) -> bool:
 
 def is_literal_secret(key: str, value: object) -> bool:
     """Tell whether a secret is written out instead of taken from the environment."""
-    if value is None or isinstance(value, bool) or "${" in str(value):
+    if value is None or isinstance(value, bool):
         return False
+    text = _without_references(str(value))
     if any(is_secret_key(part) for part in key.split(".")):
-        return value != ""
-    return bool(_LITERAL_CREDENTIALS.search(str(value)))
+        return value != "" and _REFERENCE not in text
+    found = _LITERAL_CREDENTIALS.search(text)
+    if found is None:
+        return False
+    # Of `//USER:${oc.env:PASSWORD}@` nothing but the user is written out.
+    return found[0].partition("://")[2].partition(":")[2] != f"{_REFERENCE}@"
+
+
+def _without_references(text: str) -> str:
+    """Return a text with a sign in the place of each `${...}`."""
+    while (shorter := _INTERPOLATION.sub(_REFERENCE, text)) != text:
+        text = shorter
+    return text
 
 
 def mask_text(text: str) -> str:
@@ -54,11 +69,13 @@ def masked(value: Any, key: str = "") -> Any:
 
 def mask_overrides(overrides: list[str]) -> list[str]:
     """Return overrides as typed, secrets masked; `${oc.env:NAME}` names a secret and tells none."""
-    return [override if "${" in override else _mask_override(override) for override in overrides]
+    return [_mask_override(override) for override in overrides]
 
 
 def _mask_override(override: str) -> str:
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
+    if "${" in value and not is_literal_secret(key, value):
+        return override
     if equals and any(is_secret_key(part) for part in key.split(".")):
         return f"{key}={MASK}"
     return mask_text(override)

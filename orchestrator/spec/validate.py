@@ -24,6 +24,9 @@ from orchestrator.spec.validate_recovery import recovery_rules
 from orchestrator.spec.validate_train import train_rules
 
 _MAX_SEED = 2**63 - 1
+_MAX_LOSS_SCALE = 2**24  # beyond it no scale grows either: train/loss_scale.py
+_BELOW_ONE = ("beta_1", "beta_2", "momentum", "rho")
+_DECAY_BY_DEFAULT = (OptimizerName.adamw, OptimizerName.muon)
 _RUN_NAME = re.compile(r"[\w][\w.\-]*")
 _PORTS = re.compile(r"(\d+)-(\d+)")
 _ADAM = {"weight_decay", "beta_1", "beta_2", "epsilon"}
@@ -53,6 +56,7 @@ def validate(config: RunConfig) -> None:
     """
     errors = [
         *_numbers(config),
+        *_optimizer_numbers(config),
         *_strategy(config),
         *_lengths(config),
         *placement_rules(config),
@@ -123,6 +127,32 @@ def _numbers(config: RunConfig) -> Iterator[str]:
     for key in ("driver_silence_s", "agent_silence_s"):
         if not (silence_s := getattr(config.cluster, key)) >= 3:
             yield f"cluster.{key}={silence_s}: must be at least 3"
+
+
+def _optimizer_numbers(config: RunConfig) -> Iterator[str]:
+    """Refuse numbers with which an update is no step downhill."""
+    groups = config.optimizer.groups
+    sections: list[tuple[str, OptimizerGroup]] = [("optimizer", config.optimizer)]
+    sections += [(f"optimizer.groups.{name}", group) for name, group in groups.items()]
+    for section, group in sections:
+        for argument in _BELOW_ONE:
+            value = getattr(group, argument, None)
+            if value is not None and not 0 <= value < 1:
+                yield f"{section}.{argument}={value}: must be at least 0 and below 1"
+        for argument in ("epsilon", "weight_decay"):
+            value = getattr(group, argument, None)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                yield f"{section}.{argument}={value}: must be a number from 0"
+    factors = [("final_factor", config.schedule.final_factor)]
+    factors += [("factors", factor) for factor in config.schedule.factors]
+    for key, factor in factors:
+        if not (factor >= 0 and math.isfinite(factor)):
+            yield f"schedule.{key}={factor}: must be a number from 0"
+    if config.precision.initial_loss_scale > _MAX_LOSS_SCALE:
+        yield (
+            f"precision.initial_loss_scale={config.precision.initial_loss_scale:g}: must be at "
+            f"most {_MAX_LOSS_SCALE:,}"
+        )
 
 
 def _strategy(config: RunConfig) -> Iterator[str]:
@@ -218,7 +248,9 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
             "train.evaluate_ema=true without a moving average: set optimizer.ema_decay, such as "
             "0.999"
         )
-    if optimizer.weight_decay_exclude and not any(g.weight_decay for _, g in sections):
+    # With null Keras's own default counts.
+    has_own = optimizer.name in _DECAY_BY_DEFAULT and optimizer.weight_decay is None
+    if optimizer.weight_decay_exclude and not (has_own or any(g.weight_decay for _, g in sections)):
         yield (
             "optimizer.weight_decay_exclude without weight decay: set optimizer.weight_decay, or "
             "leave it out"

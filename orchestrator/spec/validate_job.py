@@ -88,6 +88,6 @@ def _constructor(classes: dict[str, ast.ClassDef], name: str) -> tuple[list[str]
         base_name = base.id if isinstance(base, ast.Name) else ""
         if base_name in classes and base_name != name:
             return _constructor(classes, base_name)
-        if not ast.unparse(base).endswith("Job"):
+        if ast.unparse(base).rpartition(".")[2] != "Job":
             return [], [], True  # an imported base brings its own
     return [], [], False

@@ -216,7 +216,7 @@ class Sweeping:
         """End children at once after a second signal."""
         running = [state for state in self._states if state.process is not None]
         for state in running:
-            stop_child(state)
+            stop_child(state, at_once=True)
         deadline = time.monotonic() + _HURRY_S
         while running and time.monotonic() < deadline:
             running = [state for state in running if not has_ended(state)]

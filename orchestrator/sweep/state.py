@@ -152,10 +152,12 @@ def start_child(sweep: Sweep, state: ChildState) -> None:
     state.code, state.began_s = None, time.monotonic()
 
 
-def stop_child(state: ChildState) -> None:
-    """Ask a child to save and stop; asked again, it ends at once. Safe in signal handlers."""
+def stop_child(state: ChildState, *, at_once: bool = False) -> None:
+    """Ask a child to save and stop, or to end at once. Safe in signal handlers."""
     if state.process is not None:
         state.process.send_signal(signal.SIGTERM)
+        if at_once:  # SIGTERM twice in a moment counts once
+            state.process.send_signal(signal.SIGINT)
 
 
 def has_ended(state: ChildState) -> bool:

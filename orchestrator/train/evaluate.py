@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from orchestrator.errors import JobError
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
 from orchestrator.train.data import evaluation_ids, fetch_block
@@ -106,6 +107,11 @@ class Evaluation:
                 return None
         assert self._layout is not None
         columns = self._layout.split(total[None, 1:])
+        if not total[0]:
+            raise JobError(
+                "the weights of all examples of the eval split add up to 0: there is nothing to "
+                "divide by; look at what the job's losses() gives as weight"
+            )
         sums_by_name = {name: column[0] for name, column in columns.items()}
         return dict(self._job.summarise(sums_by_name, float(total[0])))
 

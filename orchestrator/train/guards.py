@@ -6,7 +6,7 @@ was only the worker itself knows, and tells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import keras
@@ -45,6 +45,7 @@ class NanGuard:
         variables: Mapping[str, keras.Variable],
         *,
         can_go_back: bool = True,
+        restored: Callable[[], None] = lambda: None,
     ):
         """Make a guard.
 
@@ -56,6 +57,7 @@ class NanGuard:
             saver: the chief's; None on others.
             variables: all that a checkpoint holds.
             can_go_back: whether the data can be read again from any step; a stream cannot.
+            restored: called when the variables are those of a checkpoint.
         """
         self._plan = plan
         self._worker = worker
@@ -65,6 +67,7 @@ class NanGuard:
         self._variables = variables
         self._on_nan = plan.config.train.on_nan
         self._can_go_back = can_go_back
+        self._restored = restored
         self._rollbacks = (0, 0)  # step of the last checkpoint gone back to, and how often
 
     def cut(self, result: BlockResult) -> BlockResult:
@@ -120,7 +123,7 @@ class NanGuard:
             f"{_what(result, index)} was not finite at step {bad_step}, examples "
             f"{_guilty_ids(result, index)}{_named(result, index)}"
         )
-        checkpoint = self._agreed_checkpoint()
+        checkpoint = self._agreed_checkpoint(bad_step)
         if checkpoint is None:
             self._give_up(f"{what}; there is no checkpoint to go back to")
         else:
@@ -133,18 +136,22 @@ class NanGuard:
                 )
             with self._reporter.within(Phase.restoring):
                 restore(self._folder(checkpoint), self._variables)
+                self._restored()
             if self._worker == 0:
                 text = f"{what}; the weights are those of step {checkpoint} again"
                 self._reporter.tell(Notice, text=text)
 
-    def _agreed_checkpoint(self) -> int | None:
-        """Return the step of the newest valid checkpoint, as the chief finds it."""
+    def _agreed_checkpoint(self, before: int) -> int | None:
+        """Return the step of the newest valid checkpoint before a step, as the chief finds it.
+
+        Later ones may lie there: a killed driver's, which the record knows nothing of.
+        """
         number = 0
         if self._worker == 0:
             if self._saver is not None:
                 with self._reporter.within(Phase.saving):
                     self._saver.wait()
-            path = store.newest_valid(self._plan.paths.checkpoints_dir).path
+            path = store.newest_valid(self._plan.paths.checkpoints_dir, before - 1).path
             number = 0 if path is None else store.step_of(path) + 1
         agreed = self._agreement.decide(Wish(number=number)).number
         return agreed - 1 if agreed else None

@@ -10,6 +10,7 @@ import keras
 
 from orchestrator.errors import JobError
 from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.secrets import masked
 from orchestrator.train.job import Job, translated
 from orchestrator.train.sources import Source, Split
 from orchestrator.train.streams import StreamSource
@@ -50,7 +51,7 @@ def make_job(
     try:
         job = job_class(**args)
     except TypeError as error:
-        raise JobError(f"{class_name}(**job.args) with job.args={args}: {error}") from error
+        raise JobError(f"{class_name}(**job.args) with job.args={masked(args)}: {error}") from error
     job.data_path = data_path
     job.data_dir = data_dir
     return translated(job)

@@ -145,6 +145,7 @@ def assemble(
             saver,
             made.variables,
             can_go_back=not isinstance(made.train_source, StreamSource),
+            restored=made.optimizers.take_configured_rates,
         ),
         audit=_audit(order, made),
         reporter=reporter,

@@ -68,6 +68,11 @@ class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
         """Tell whether the rate never changes, so that no step needs to compute it."""
         return self._config.name is ScheduleName.constant and self._config.warmup_steps == 0
 
+    @property
+    def base(self) -> float:
+        """The rate that the schedule multiplies."""
+        return self._base
+
     def _shape(self, step: Any) -> Any:
         config = self._config
         if config.name is ScheduleName.cosine:
@@ -169,6 +174,12 @@ class Optimizers:
             first = int(self._optimizers[name].iterations.numpy())
             rates[name] = schedule(tf.range(first, first + num_steps)).numpy()
         return rates
+
+    def take_configured_rates(self) -> None:
+        """Let constant rates be those of the configuration; a checkpoint has those it had then."""
+        for name, rate in self._rates.items():
+            if rate.is_constant:
+                self._optimizers[name].learning_rate = rate.base
 
     def _build(self, plan: RunPlan, group: str) -> Any:
         config = plan.config.optimizer

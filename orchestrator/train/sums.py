@@ -43,9 +43,12 @@ def weighted_sums(outcome: Outcome, size: int, dtype: Any, mask: Any = None) -> 
         The layout, and [sum of weights, weighted loss with its terms, weighted metrics ...].
 
     Raises:
-        JobError: loss, a metric or the weights do not have one row an example.
+        JobError: loss, a metric or the weights do not have one row an example; or a metric is
+            called loss.
     """
     terms = [tf.cast(term, outcome.loss.dtype) for term in outcome.terms.values()]
+    if "loss" in outcome.metrics:
+        raise JobError("a metric is called loss, as the loss itself is: give it another name")
     columns = {"loss": outcome.loss + tf.add_n(terms) if terms else outcome.loss}
     columns.update(outcome.metrics)
     layout = _layout(columns, size)

@@ -90,7 +90,10 @@ class TokenSource(Source):
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
         """Return where windows begin: `floor(i (n - context - 1) / (num_examples - 1))`."""
-        return indices * self._last_start // max(1, self.num_examples - 1)
+        gaps = max(1, self.num_examples - 1)
+        whole, rest = divmod(self._last_start, gaps)
+        # In two parts: the product of a window's number and a large file's length leaves int64.
+        return indices * whole + indices * rest // gaps
 
     def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return the windows at some indices."""

@@ -97,7 +97,9 @@ def _begin_with(order: WorkerOrder, reporter: Reporter, made: Made) -> int:
     """Set the variables that training begins with; return the step they belong to."""
     if order.restore_from is not None:
         reporter.enter(Phase.restoring, order.restore_from)
-        return restore(Path(order.restore_from), made.variables)
+        step = restore(Path(order.restore_from), made.variables)
+        made.optimizers.take_configured_rates()
+        return step
     path = order.plan.init_from
     if path is not None:
         reporter.enter(Phase.restoring, path)

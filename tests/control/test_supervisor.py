@@ -399,6 +399,13 @@ def test_a_worker_that_dies_while_stopping_is_not_started_again(tmp_path: Path) 
     assert len(desk.group.starts) == 1
 
 
+def test_a_budget_is_not_asked_for_when_nobody_wants_to_go_on(tmp_path: Path) -> None:
+    events = [ready(), block(), lambda: desk.stop(), death()]
+    desk = Desk(tmp_path, events, recovery__max_restarts=0)
+    assert desk.run() is Outcome.stopped
+    assert len(desk.group.starts) == 1
+
+
 def test_a_job_that_fails_while_stopping_has_failed(tmp_path: Path) -> None:
     desk = Desk(tmp_path, [ready(), block(), lambda: desk.stop(), failed()])
     assert "it failed while stopping" in desk.story(JobError)

@@ -198,6 +198,10 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("optimizer.learning_rate=nan", ("optimizer.learning_rate=nan", "greater than 0")),
     ("optimizer.learning_rate=inf", ("optimizer.learning_rate=inf", "greater than 0")),
     ("optimizer.learning_rate=null", ("optimizer.learning_rate", "null", "set it")),
+    ("optimizer.beta_1=1", ("optimizer.beta_1=1", "at least 0 and below 1")),
+    ("optimizer.weight_decay=-1", ("optimizer.weight_decay=-1", "from 0")),
+    ("schedule.final_factor=-1", ("schedule.final_factor=-1", "from 0")),
+    ("precision.initial_loss_scale=inf", ("initial_loss_scale=inf", "at most 16,777,216")),
     ("optimizer.clip_global_norm=0", ("optimizer.clip_global_norm=0", "greater than 0")),
     ("checkpoint.every_s=0", ("checkpoint.every_s=0", "greater than 0")),
     ("checkpoint.every_steps=0", ("checkpoint.every_steps=0", "at least 1")),
@@ -519,6 +523,22 @@ def test_the_config_itself_keeps_its_secrets(
     (own_dir / "own_jobs.py").write_text("class Own:\n    def __init__(self, **all): pass\n")
     config = load_config(["job=own", "job.args.api_key=${oc.env:MY_KEY}"], own_dir)
     assert config.job.args["api_key"] == "hunter2"
+
+
+def test_a_secret_below_a_list_is_refused_too(own_dir: Path) -> None:
+    (own_dir / "own_jobs.py").write_text("class Own:\n    def __init__(self, **all): pass\n")
+    text = refusal(["job=own", "+job.args.stores=[{password:hunter2}]"], own_dir)
+    assert "job.args.stores.password" in text and "hunter2" not in text, text
+
+
+def test_the_arguments_of_an_imported_base_are_its_own_affair(own_dir: Path) -> None:
+    code = "from vision import VisionJob\n\nclass Own(VisionJob):\n    pass\n"
+    (own_dir / "own_jobs.py").write_text(code)
+    assert load_config(["job=own"], own_dir).job.args == {"width": 3}
+
+
+def test_decay_that_keras_has_by_itself_may_leave_weights_out() -> None:
+    load_config(["job=mnist", "optimizer=muon", "optimizer.weight_decay_exclude=['*bias']"])
 
 
 @pytest.mark.parametrize("where", ["command line", "file"])

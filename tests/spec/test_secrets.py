@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.spec.secrets import MASK, is_secret_key, mask_overrides, mask_text, masked
+from orchestrator.spec.secrets import (
+    MASK,
+    is_literal_secret,
+    is_secret_key,
+    mask_overrides,
+    mask_text,
+    masked,
+)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,20 @@ def test_what_is_no_secret_keeps_its_type_and_value(value: object) -> None:
     assert shown == value and type(shown) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "is_written_out"),
+    [
+        ("tracking.uri", "http://me:hunter2@${oc.env:HOST}:5000", True),
+        ("tracking.uri", "http://me:${oc.env:PW,${oc.env:OTHER}}@host", False),
+        ("tracking.uri", "http://${oc.env:HOST}:5000", False),
+        ("job.args.token", "Bearer ${oc.env:TOKEN}", False),
+        ("job.args.token", "Bearer hunter2", True),
+    ],
+)
+def test_a_reference_hides_no_secret_beside_it(key: str, value: str, is_written_out: bool) -> None:
+    assert is_literal_secret(key, value) is is_written_out
+
+
 def test_masking_leaves_the_original_alone() -> None:
     values = {"args": {"api_key": "hunter2"}}
     masked(values)
@@ -95,6 +116,12 @@ def test_masking_leaves_the_original_alone() -> None:
         ("train.seed=3", "train.seed=3"),
         ("job.args.name=a=b", "job.args.name=a=b"),
         ("~job.args.api_key", "~job.args.api_key"),
+        ("job.args.api_key=${oc.env:KEY}", "job.args.api_key=${oc.env:KEY}"),
+        ("tracking.uri=http://me:${oc.env:PW}@host", "tracking.uri=http://me:${oc.env:PW}@host"),
+        (
+            "tracking.uri=http://me:hunter2@${oc.env:HOST}:5000",
+            "tracking.uri=http://***@${oc.env:HOST}:5000",
+        ),
     ],
 )
 def test_an_override_is_shown_with_its_secret_masked(override: str, shown: str) -> None:

@@ -36,6 +36,16 @@ def test_any_number_of_windows_reaches_from_the_first_token_to_the_last(
     np.testing.assert_array_equal(source.fetch(np.array([num - 1]))["y"][0, -1], n - 1)
 
 
+def test_windows_of_a_very_large_file_begin_where_they_should() -> None:
+    num_tokens = 40_000_000_000  # 80 GB: nothing of it is there
+    tokens = np.broadcast_to(np.zeros(1, np.uint16), (num_tokens,))
+    source = TokenSource(tokens, context=128)
+    last = source.num_examples - 1
+    starts = source.starts(np.array([0, last // 2, last]))
+    expected = [i * (num_tokens - 129) // last for i in (0, last // 2, last)]
+    assert starts.tolist() == expected
+
+
 @pytest.mark.parametrize("form", ["memory", "npy", "raw"])
 def test_memory_and_files_give_the_same_windows_and_digest(tmp_path: Path, form: str) -> None:
     tokens = np.random.default_rng(0).integers(0, 60_000, 1000).astype(np.uint16)

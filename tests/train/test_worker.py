@@ -29,7 +29,7 @@ from orchestrator.spec.messages import (
     Saved,
     WorkerOrder,
 )
-from orchestrator.spec.schema import BestMode, Compile, Weights
+from orchestrator.spec.schema import BestMode, Compile, OptimizerName, Weights
 from orchestrator.train import evaluate, store, worker
 from orchestrator.train.best import MANIFEST_KEY
 from orchestrator.train.checkpoint import read_model, read_section
@@ -65,6 +65,18 @@ def live(
 
     worker.run(order, send, pending)
     return told
+
+
+def test_a_rate_that_was_changed_counts_from_the_checkpoint_on(tmp_path: Path) -> None:
+    plain = {"optimizer__name": OptimizerName.sgd, "checkpoint__every_steps": 4}
+    (saved, *_) = only(live(tmp_path, train__steps=4, **plain), Saved)
+    slow = {**plain, "optimizer__learning_rate": 1e-12}
+    told = live(tmp_path, attempt=2, restore_from=saved.path, train__steps=8, **slow)
+    last = only(told, Saved)[-1]
+    assert saved.step == 4 and last.step == 8
+    before, after = (read_model(Path(path)) for path in (saved.path, last.path))
+    for name, weight in before.items():
+        np.testing.assert_allclose(after[name], weight, rtol=1e-6)
 
 
 def only(told: list[Message], kind: type) -> list[Any]:
