@@ -81,6 +81,8 @@ class Saver:
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
+        # Of the best evaluation, where writing it failed: later ones do not replace it.
+        self._owed: tuple[int, Mapping[str, tf.Tensor], Mapping[str, Any]] | None = None
 
     def require_staging(self) -> None:
         """Make sure that this attempt may still save.
@@ -152,8 +154,11 @@ class Saver:
         start = time.monotonic()
         target = self._paths.checkpoints_dir / store.checkpoint_name(step)
         try:
+            self._commit_owed(best_step)
             num_bytes = self._commit(step, snapshot, facts, target)
         except (StorageError, OSError, tf.errors.OpError) as error:
+            if step == best_step:
+                self._owed = (step, snapshot, facts)
             self.fail(step, _one_line(error))
             self._announce(
                 SaveFailed,
@@ -169,6 +174,18 @@ class Saver:
         self._announce(
             Saved, step=step, path=str(target), num_bytes=num_bytes, wall_s=wall_s, stall_s=stall_s
         )
+
+    def _commit_owed(self, best_step: int | None) -> None:
+        """Write the best evaluation's checkpoint that failed before, unless another is best now."""
+        if self._owed is not None and self._owed[0] == best_step:
+            start, (step, snapshot, facts) = time.monotonic(), self._owed
+            target = self._paths.checkpoints_dir / store.checkpoint_name(step)
+            num_bytes = self._commit(step, snapshot, facts, target)
+            wall_s = time.monotonic() - start
+            self._announce(
+                Saved, step=step, path=str(target), num_bytes=num_bytes, wall_s=wall_s, stall_s=0.0
+            )
+        self._owed = None
 
     def _commit(
         self,

@@ -15,6 +15,8 @@ from orchestrator.errors import StorageError
 from orchestrator.spec.messages import Message, Saved, SaveFailed, WorkerOrder
 from orchestrator.train import store
 from orchestrator.train.agreement import Agreement
+from orchestrator.train.best import Best
+from orchestrator.train.checkpoint import read_model
 from orchestrator.train.data import Feeder, Order
 from orchestrator.train.report import Reporter
 from orchestrator.train.saver import Saver, make_saver
@@ -27,7 +29,7 @@ from tests.train.tiny import clusters
 class Desk:
     """One worker's saving on a clock that the test moves; `gate` holds the saver's thread up."""
 
-    def __init__(self, folder: Path, **changes: Any):
+    def __init__(self, folder: Path, *, keep: int = 9, **changes: Any):
         self.plan = tiny_plan(folder, **changes)
         prepare(self.plan.paths, 1)
         self.now = 1000.0
@@ -48,7 +50,7 @@ class Desk:
             self.plan.paths,
             1,
             self.variables,
-            keep=9,
+            keep=keep,
             facts={},
             announce=self._announce,
             clock=lambda: self.now,
@@ -130,6 +132,40 @@ def test_a_save_that_failed_is_tried_again_after_a_back_off_that_doubles(tmp_pat
     assert [m.step for m in desk.only(Saved)] == [4]
     # What was in the way of the others is gone with them.
     assert [path.name for path in desk.plan.paths.staging_dir(1).glob("step-*")] == []
+
+
+def best_of(step: int) -> Best:
+    return Best(metric="loss", mode="min", step=step, value=0.5)
+
+
+def test_the_best_checkpoint_is_written_although_its_save_failed(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, keep=1)
+    desk.saving.save(2, best_of(2))
+    desk.saver.wait()
+    desk.variables["model/0:w"].assign([2.0] * 4)
+    desk.block(4)
+    desk.saving.save(4, best_of(4))
+    desk.saver.wait()
+    assert desk.steps() == [2]  # the one that was best before is still there
+    desk.variables["model/0:w"].assign([3.0] * 4)
+    for step in (5, 6):
+        desk.saving.save(step, best_of(4))
+        desk.saver.wait()
+    assert desk.steps() == [6, 4]
+    (weights,) = read_model(desk.plan.paths.checkpoints_dir / store.checkpoint_name(4)).values()
+    assert weights.tolist() == [2.0] * 4
+    assert [message.step for message in desk.only(Saved)] == [2, 4, 5, 6]
+
+
+def test_what_was_best_and_could_not_be_written_is_dropped_for_a_better_one(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, keep=1)
+    desk.block(4)
+    desk.saving.save(4, best_of(4))
+    desk.saving.save(5, best_of(5))
+    desk.saver.wait()
+    assert desk.steps() == [5]
 
 
 def test_too_many_failures_in_a_row_end_the_run(tmp_path: Path) -> None:
