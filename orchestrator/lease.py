@@ -166,6 +166,8 @@ def _refusal(paths: RunPaths, error: OSError, holder: dict[str, object]) -> Stor
 
 def _is_dead(holder: dict[str, object]) -> bool:
     """Tell whether a holder is known to be gone; not to be seen from another host."""
+    if not holder:
+        return True  # it was given back: whoever has the lock is its guardian, for a moment
     if holder.get("host") != socket.gethostname():
         return False
     return not Path(f"/proc/{holder.get('pid')}").exists()

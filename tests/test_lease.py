@@ -128,10 +128,16 @@ def test_a_run_in_a_folder_that_is_mounted_read_only_is_a_failure_of_storage(
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_lease_held_for_a_dead_driver_is_waited_for(tmp_path: Path) -> None:
-    with held_elsewhere(tmp_path) as driver:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+@pytest.mark.parametrize("number", [signal.SIGKILL, None], ids=["killed", "gave it back"])
+def test_a_lease_held_for_a_driver_that_is_gone_is_waited_for(
+    tmp_path: Path, number: int | None
+) -> None:
+    if number is None:
+        Lease(RunPaths(tmp_path)).release()
+    else:
+        with held_elsewhere(tmp_path) as driver:
+            driver.send_signal(number)
+            driver.wait()
     guardian = RunPaths(tmp_path).lease.open("a+")
     fcntl.flock(guardian, fcntl.LOCK_EX)
     timer = threading.Timer(0.3, guardian.close)
