@@ -129,18 +129,21 @@ def _numbers(config: RunConfig) -> Iterator[str]:
             yield f"cluster.{key}={silence_s}: must be at least 3"
 
 
+def _optimizer_sections(optimizer: OptimizerConfig) -> list[tuple[str, OptimizerGroup]]:
+    """Return the optimizer and its parameter groups, each with the key that it stands below."""
+    groups = [(f"optimizer.groups.{name}", group) for name, group in optimizer.groups.items()]
+    return [("optimizer", optimizer), *groups]
+
+
 def _optimizer_numbers(config: RunConfig) -> Iterator[str]:
     """Refuse numbers with which an update is no step downhill."""
-    groups = config.optimizer.groups
-    sections: list[tuple[str, OptimizerGroup]] = [("optimizer", config.optimizer)]
-    sections += [(f"optimizer.groups.{name}", group) for name, group in groups.items()]
-    for section, group in sections:
+    for section, group in _optimizer_sections(config.optimizer):
         for argument in _BELOW_ONE:
-            value = getattr(group, argument, None)
+            value = getattr(group, argument)
             if value is not None and not 0 <= value < 1:
                 yield f"{section}.{argument}={value}: must be at least 0 and below 1"
         for argument in ("epsilon", "weight_decay"):
-            value = getattr(group, argument, None)
+            value = getattr(group, argument)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 yield f"{section}.{argument}={value}: must be a number from 0"
     factors = [("final_factor", config.schedule.final_factor)]
@@ -231,8 +234,7 @@ def _lengths(config: RunConfig) -> Iterator[str]:
 
 def _optimizer(config: RunConfig) -> Iterator[str]:
     optimizer: OptimizerConfig = config.optimizer
-    sections: list[tuple[str, OptimizerGroup]] = [("optimizer", optimizer)]
-    sections += [(f"optimizer.groups.{name}", group) for name, group in optimizer.groups.items()]
+    sections = _optimizer_sections(optimizer)
     accepted = ACCEPTED[optimizer.name]
     for section, group in sections:
         for argument in ARGUMENTS:
