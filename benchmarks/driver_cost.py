@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hollow import Crowd, HollowAgent
+from benchmarks.hollow import Crowd
 from orchestrator.control.group import WorkerGroup
 from orchestrator.guardian import Guard
 from orchestrator.screen import Screen
@@ -77,9 +77,18 @@ def plan_of(workers: int, folder: Path) -> RunPlan:
     return plan
 
 
-def measure(workers: int, make: Callable[[RunPlan, Screen], WorkerGroup], life_s: float) -> Figures:
-    """Run a training of hollow workers and return what it cost."""
-    figures = Figures(workers)
+def measure(
+    workers: int, make: Callable[[RunPlan, threading.Event], WorkerGroup], seconds: float
+) -> Figures:
+    """Run a training of hollow workers and return what it cost in that many warm seconds.
+
+    Args:
+        workers: how many.
+        make: makes their group, which sets the event once all are ready, and whose workers live a
+            second longer than `_WARM_S` and `seconds` from then on.
+        seconds: how long to measure.
+    """
+    figures, ready = Figures(workers), threading.Event()
     with tempfile.TemporaryDirectory(prefix="driver-cost-") as name, Stops() as stops:
         plan = plan_of(workers, Path(name))
         with (
@@ -93,12 +102,13 @@ def measure(workers: int, make: Callable[[RunPlan, Screen], WorkerGroup], life_s
             ) as screen,
             _counted() as requests,
         ):
-            group = make(plan, screen)
+            group = make(plan, ready)
             began = time.monotonic()
             training = Training(
                 plan, lambda n: plan, None, [], group, screen, stops, Guard(), began
             )
-            watch = threading.Thread(target=_watch, args=(figures, requests, life_s), daemon=True)
+            look = (figures, requests, ready, seconds)
+            watch = threading.Thread(target=_watch, args=look, daemon=True)
             watch.start()
             try:
                 training.run()
@@ -110,11 +120,12 @@ def measure(workers: int, make: Callable[[RunPlan, Screen], WorkerGroup], life_s
     return figures
 
 
-def _watch(figures: Figures, requests: list[float], life_s: float) -> None:
-    """Take the figures from when everything is warm until shortly before the end."""
+def _watch(figures: Figures, requests: list[float], ready: threading.Event, seconds: float) -> None:
+    """Take the figures from when everything is warm."""
+    ready.wait()
     time.sleep(_WARM_S)
     cpu, wall, count = time.process_time(), time.monotonic(), len(requests)
-    time.sleep(life_s - _WARM_S - 1.0)
+    time.sleep(seconds)
     figures.cpu_s = time.process_time() - cpu
     figures.wall_s = time.monotonic() - wall
     figures.requests = len(requests) - count
@@ -141,8 +152,12 @@ def _counted() -> Iterator[list[float]]:
 
 def scripted(workers: int, seconds: float) -> Figures:
     """Measure workers that are played in this process."""
-    life_s = _WARM_S + seconds + 1.0
-    return measure(workers, lambda plan, screen: Crowd([life_s]), life_s)
+
+    def make(plan: RunPlan, ready: threading.Event) -> Crowd:
+        ready.set()
+        return Crowd([_WARM_S + seconds + 1.0])
+
+    return measure(workers, make, seconds)
 
 
 def agents(workers: int, seconds: float) -> Figures:
@@ -151,13 +166,12 @@ def agents(workers: int, seconds: float) -> Figures:
     from orchestrator.spec.schema import ClusterName
 
     apply_ray_settings(ClusterName.local)
-    from orchestrator.control import ray_agents
-    from orchestrator.control.ray_group import RayGroup
+    from benchmarks.hollow_agent import LIFE, HollowGroup
 
-    ray_agents.RayAgent = HollowAgent  # type: ignore[misc]
-    life_s = _WARM_S + seconds + 30.0
-    HollowAgent.life_s = life_s
-    return measure(workers, lambda plan, screen: RayGroup(plan.config.cluster), life_s)
+    os.environ[LIFE] = str(_WARM_S + seconds + 1.0)
+    return measure(
+        workers, lambda plan, ready: HollowGroup(plan.config.cluster, workers, ready), seconds
+    )
 
 
 def failing(workers: int) -> float:

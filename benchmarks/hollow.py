@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import heapq
 import random
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from orchestrator.control.policy import Room
-from orchestrator.control.ray_agent import RayAgent
 from orchestrator.spec.messages import (
     Beacon,
     BlockDone,
@@ -25,10 +22,10 @@ from orchestrator.spec.messages import (
 from orchestrator.spec.plan import RunPlan
 
 # As train.block_s aims at, at 20 ms a step; workers of a group end a block at about the same time.
-_BLOCK_S = 0.5
+BLOCK_S = 0.5
 _STEPS = 25
 _JITTER_S = 0.01
-_BEACON_S = 1.0
+BEACON_S = 1.0
 
 
 class Voice:
@@ -57,7 +54,7 @@ class Voice:
 
     def delays(self) -> tuple[float, float]:
         """Return seconds to the first block's end and the first beacon."""
-        return _BLOCK_S + self._chance.random() * _JITTER_S, self._chance.random() * _BEACON_S
+        return BLOCK_S + self._chance.random() * _JITTER_S, self._chance.random() * BEACON_S
 
     def block(self) -> BlockDone:
         """Return the next block."""
@@ -68,7 +65,7 @@ class Voice:
             **self._common(),
             first_step=first,
             num_steps=_STEPS,
-            wall_s=_BLOCK_S,
+            wall_s=BLOCK_S,
             data_wait_s=0.001,
             ledger=self.step,
             loss=series if is_chief else (),
@@ -148,10 +145,10 @@ class Crowd:
                 continue
             if what == "block":
                 messages.append(voice.block())
-                heapq.heappush(self._due, (when + _BLOCK_S, worker, "block"))
+                heapq.heappush(self._due, (when + BLOCK_S, worker, "block"))
             elif what == "beacon":
                 messages.append(voice.beacon())
-                heapq.heappush(self._due, (when + _BEACON_S, worker, "beacon"))
+                heapq.heappush(self._due, (when + BEACON_S, worker, "beacon"))
             elif what == "ready":
                 messages.append(voice.ready())
             else:
@@ -188,42 +185,3 @@ class Crowd:
 
     def close(self) -> None:
         """Give nothing back."""
-
-
-class HollowAgent(RayAgent):
-    """An agent on Ray whose worker is a thread that tells what a worker would tell."""
-
-    _is_over: threading.Event | None = None
-    life_s = 20.0
-
-    def start(self, order: bytes, attempt: int, log: str, stacks: str, sys_path: list[str]) -> int:
-        """Begin to tell."""
-        Path(log).parent.mkdir(parents=True, exist_ok=True)
-        over = self._is_over = threading.Event()
-        voice = Voice(self._worker, attempt)
-        threading.Thread(target=self._tell, args=(voice, over), daemon=True).start()
-        return 1
-
-    def warm_up(self, wait: bool = False) -> None:
-        """Need no TensorFlow."""
-
-    def kill(self) -> None:
-        """Tell nothing any more."""
-        if self._is_over is not None:
-            self._is_over.set()
-        super().kill()
-
-    def _tell(self, voice: Voice, over: threading.Event) -> None:
-        now = time.monotonic()
-        end = now + self.life_s
-        due = list(voice.events(now))
-        self._deliver([voice.ready()])
-        while not over.wait(max(0.0, min(due)[0] - time.monotonic())):
-            when, worker, what = min(due)
-            due.remove((when, worker, what))
-            if time.monotonic() > end:
-                self._deliver([voice.ended()])
-                return
-            is_block = what == "block"
-            self._deliver([voice.block() if is_block else voice.beacon()])
-            due.append((when + (_BLOCK_S if is_block else _BEACON_S), worker, what))
