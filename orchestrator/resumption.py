@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator.errors import RestoreError
 from orchestrator.runs import ReadJournal
 from orchestrator.spec.paths import RunPaths
 from orchestrator.train import store
+
+
+class Lineage:
+    """Which steps led to where a run is: what was passed over once is not gone on from later."""
+
+    def __init__(self, last_step: int = 0, starts: Mapping[int, int] | None = None):
+        """Begin with what is on record.
+
+        Args:
+            last_step: the last step on record.
+            starts: the step that each attempt went on from.
+        """
+        self.last_step = last_step
+        self._starts = dict(starts or {})
+
+    def began(self, attempt: int, step: int) -> None:
+        """Learn where an attempt goes on from."""
+        self._starts[attempt] = step
+
+    def reached(self, step: int) -> None:
+        """Learn that a step is on record."""
+        self.last_step = max(self.last_step, step)
+
+    def left_at(self, path: Path) -> int | None:
+        """Return where a later attempt went on from, if that was before a checkpoint's step.
+
+        The steps up to the checkpoint were made again then, perhaps with other settings, so that
+        it does not belong to them any more.
+        """
+        saved_by = store.attempt_of(path)
+        if saved_by is None:
+            return None
+        later = [step for attempt, step in self._starts.items() if attempt > saved_by]
+        start = min(later, default=None)
+        return start if start is not None and start < store.step_of(path) else None
+
+    def holds(self, path: Path) -> bool:
+        """Tell whether going on from a checkpoint leaves no hole and takes back no change."""
+        return store.step_of(path) <= self.last_step and self.left_at(path) is None
 
 
 class Checkpoints:
@@ -19,7 +58,7 @@ class Checkpoints:
         paths: RunPaths,
         read: ReadJournal,
         notice: Callable[[str], None],
-        last_recorded: Callable[[], int] | None = None,
+        lineage: Lineage | None = None,
     ):
         """Look at nothing yet.
 
@@ -27,9 +66,9 @@ class Checkpoints:
             paths: of the run.
             read: yields the records of a journal.
             notice: takes what the user should know.
-            last_recorded: returns the last step that is on record.
+            lineage: what is on record; None if that is not known.
         """
-        self._last_recorded = last_recorded
+        self._lineage = lineage
         self._paths = paths
         self._read = read
         self._notice = notice
@@ -62,26 +101,37 @@ class Checkpoints:
         A host that is lost, or a driver that is killed, takes the last reports with it, while the
         checkpoint behind them is on the disk already: going on from there would leave a hole.
         """
-        if self._last_recorded is None:
+        if self._lineage is None:
             return store.newest_valid(folder)
-        last = self._last_recorded()
-        search = store.newest_valid(folder, last)
-        newer = [path for path in store.list_checkpoints(folder) if store.step_of(path) > last]
-        if not newer:
+        search = store.newest_valid(folder, self._lineage.holds)
+        begin = store.step_of(search.path) if search.path is not None else -1
+        left = [
+            path
+            for path in store.list_checkpoints(folder)
+            if not self._lineage.holds(path) and store.step_of(path) > begin
+        ]
+        if not left:
             return search
         if search.path is not None:
             self._tell(
-                f"checkpoint {newer[0].name} is later than the record, which ends at step "
-                f"{last:,}: it is left, and its steps are made again"
+                f"checkpoint {left[0].name} {self._why_left(left[0])}: it is left, and its steps "
+                "are made again"
             )
             return search
         search = store.newest_valid(folder)
         if search.path is not None:
             self._tell(
-                f"checkpoint {search.path.name} is later than the record, which ends at step "
-                f"{last:,}; there is no earlier one, so the steps between are on no record"
+                f"checkpoint {search.path.name} {self._why_left(search.path)}; there is no earlier "
+                "one, so the steps between are on no record"
             )
         return search
+
+    def _why_left(self, path: Path) -> str:
+        """Say why a checkpoint is not of the steps that led to where the run is."""
+        assert self._lineage is not None
+        if (start := self._lineage.left_at(path)) is not None:
+            return f"was saved before the run went back to step {start:,}"
+        return f"is later than the record, which ends at step {self._lineage.last_step:,}"
 
     def _refuse_step_0(self, damaged: tuple[store.Damage, ...]) -> None:
         folder = self._paths.checkpoints_dir

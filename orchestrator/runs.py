@@ -17,6 +17,7 @@ from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.secrets import MASK
 from orchestrator.track.facts import FORMAT
+from orchestrator.train.store import start_of
 
 # What decides which examples a step uses, and so what the run computes.
 _SAME_RUN = ("job.class_name", "train.global_batch_size", "train.seed", "data.num_examples")
@@ -35,6 +36,7 @@ class Past:
         mlflow_run: MLflow's id, if it was ever known.
         facts: the record the run was started with.
         last_step: the last step any attempt reported.
+        starts: the step that each attempt went on from.
         start_time: Unix seconds at which it was first started; 0 if nothing is known.
         format: of its records.
         notice: why this run was chosen, for the user to read.
@@ -46,6 +48,7 @@ class Past:
     mlflow_run: str | None
     facts: dict[str, Any]
     last_step: int
+    starts: Mapping[int, int]
     start_time: float
     format: int = FORMAT
     notice: str = ""
@@ -63,6 +66,7 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
     """Read what a run folder's journal tells."""
     status, attempts, mlflow_run, last_step, format_ = None, 0, None, 0, 0
     facts: dict[str, Any] = {}
+    starts: dict[int, int] = {}
     for record in read(paths.journal):
         kind = record.get("kind")
         if kind == "RunStarted":
@@ -71,6 +75,7 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
             format_ = max(format_, int(record.get("format", FORMAT)))
         elif kind == "AttemptStarted":
             attempts = max(attempts, int(record["attempt"]))
+            starts[int(record["attempt"])] = start_of(record.get("restore_from"))
         elif kind == "RunEnded":
             status = record["status"]
         elif kind == "MlflowRun":
@@ -79,7 +84,7 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
             last_step = max(last_step, int(record["first_step"]) + int(record["num_steps"]))
     start_time = float(facts.get("time", 0.0))
     return Past(
-        paths, status, attempts, mlflow_run, facts, last_step, start_time, format_ or FORMAT
+        paths, status, attempts, mlflow_run, facts, last_step, starts, start_time, format_ or FORMAT
     )
 
 

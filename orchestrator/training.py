@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.inline_group import InlineGroup
@@ -21,7 +20,7 @@ from orchestrator.errors import (
 from orchestrator.guardian import Guard
 from orchestrator.patience import JournalPatience
 from orchestrator.provenance import provenance
-from orchestrator.resumption import Checkpoints
+from orchestrator.resumption import Checkpoints, Lineage
 from orchestrator.runs import (
     Past,
 )
@@ -83,16 +82,14 @@ class Training:
         self._record = Record(plan.paths.journal, facts, notice=screen.notice)
         self._tracking = False
         self._is_stopping = False
-        self._last_recorded = past.last_step if past is not None else 0
+        self._lineage = Lineage(past.last_step, past.starts) if past is not None else Lineage()
         self._supervisor = Supervisor(
             group,
             plan,
             observe=self._observe,
             began=self._began,
             notice=screen.notice,
-            newest_checkpoint=Checkpoints(
-                plan.paths, read, screen.notice, lambda: self._last_recorded
-            ).newest,
+            newest_checkpoint=Checkpoints(plan.paths, read, screen.notice, self._lineage).newest,
             journal=self._record.add,
             together=self._record.together,
             replan=replan,
@@ -141,7 +138,7 @@ class Training:
         if is_kept(message):
             self._record.add(to_record(message))
         if isinstance(message, BlockDone) and message.worker == 0:
-            self._last_recorded = max(self._last_recorded, message.last_step)
+            self._lineage.reached(message.last_step)
         self._patience.watch()
         self._tally.observe(message)
         self._screen.observe(message)
@@ -151,7 +148,8 @@ class Training:
             self._record.start_tracking()
 
     def _began(self, attempt: int, restore_from: str | None, num_workers: int) -> None:
-        self._tally.last_step = store.step_of(Path(restore_from)) if restore_from else 0
+        self._tally.last_step = store.start_of(restore_from)
+        self._lineage.began(attempt, self._tally.last_step)
         self._record.add(
             {
                 "kind": "AttemptStarted",

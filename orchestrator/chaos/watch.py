@@ -70,10 +70,9 @@ class Watch:
         elif kind == "RunEnded":
             self.ended = record["status"]
         elif kind == "AttemptStarted":
-            path = record["restore_from"]
             self.attempt, self.is_stepping = record["attempt"], False
             self.pids, self.hosts = {}, {}
-            self.began_at = store.step_of(Path(path)) if path is not None else 0
+            self.began_at = store.start_of(record["restore_from"])
             self.step = self.saved = self.done[self.attempt] = self.began_at
         elif kind in ("Death", "Failed"):
             self.failed_at.setdefault(record["attempt"], now)

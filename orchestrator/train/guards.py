@@ -13,8 +13,7 @@ import keras
 import numpy as np
 
 from orchestrator.errors import JobError
-from orchestrator.spec.messages import Notice, Phase
-from orchestrator.spec.plan import RunPlan
+from orchestrator.spec.messages import Notice, Phase, WorkerOrder
 from orchestrator.spec.schema import OnNan
 from orchestrator.train import store
 from orchestrator.train.agreement import Agreement, Wish
@@ -37,8 +36,7 @@ class NanGuard:
 
     def __init__(
         self,
-        plan: RunPlan,
-        worker: int,
+        order: WorkerOrder,
         reporter: Reporter,
         agreement: Agreement,
         saver: Saver | None,
@@ -50,8 +48,7 @@ class NanGuard:
         """Make a guard.
 
         Args:
-            plan: of the run.
-            worker: index of this worker.
+            order: of this worker.
             reporter: tells about it.
             agreement: between all workers.
             saver: the chief's; None on others.
@@ -59,13 +56,15 @@ class NanGuard:
             can_go_back: whether the data can be read again from any step; a stream cannot.
             restored: called when the variables are those of a checkpoint.
         """
-        self._plan = plan
-        self._worker = worker
+        self._attempt = order.attempt
+        self._start = store.start_of(order.restore_from)
+        self._checkpoints_dir = order.plan.paths.checkpoints_dir
+        self._worker = order.worker
         self._reporter = reporter
         self._agreement = agreement
         self._saver = saver
         self._variables = variables
-        self._on_nan = plan.config.train.on_nan
+        self._on_nan = order.plan.config.train.on_nan
         self._can_go_back = can_go_back
         self._restored = restored
         self._rollbacks = (0, 0)  # step of the last checkpoint gone back to, and how often
@@ -144,20 +143,28 @@ class NanGuard:
     def _agreed_checkpoint(self, before: int) -> int | None:
         """Return the step of the newest valid checkpoint before a step, as the chief finds it.
 
-        Later ones may lie there: a killed driver's, which the record knows nothing of.
+        One that this attempt has not made, later than where it began, is of a driver that was
+        killed before it was on record.
         """
+
+        def accepts(path: Path) -> bool:
+            step = store.step_of(path)
+            return step < before and (
+                step <= self._start or store.attempt_of(path) == self._attempt
+            )
+
         number = 0
         if self._worker == 0:
             if self._saver is not None:
                 with self._reporter.within(Phase.saving):
                     self._saver.wait()
-            path = store.newest_valid(self._plan.paths.checkpoints_dir, before - 1).path
+            path = store.newest_valid(self._checkpoints_dir, accepts).path
             number = 0 if path is None else store.step_of(path) + 1
         agreed = self._agreement.decide(Wish(number=number)).number
         return agreed - 1 if agreed else None
 
     def _folder(self, step: int) -> Path:
-        return self._plan.paths.checkpoints_dir / store.checkpoint_name(step)
+        return self._checkpoints_dir / store.checkpoint_name(step)
 
     def _give_up(self, story: str) -> None:
         if self._worker > 0:

@@ -138,8 +138,7 @@ def assemble(
         saver=saver,
         agreement=agreement,
         guard=NanGuard(
-            plan,
-            order.worker,
+            order,
             reporter,
             agreement,
             saver,

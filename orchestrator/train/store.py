@@ -62,6 +62,11 @@ def step_of(path: Path) -> int:
     return int(match.group(1))
 
 
+def start_of(restore_from: str | None) -> int:
+    """Return the step that an attempt goes on from: its checkpoint's, or 0 without one."""
+    return step_of(Path(restore_from)) if restore_from else 0
+
+
 def commit(
     staged: Path,
     target: Path,
@@ -182,17 +187,26 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def newest_valid(checkpoints_dir: Path, up_to: int | None = None) -> Search:
+def attempt_of(path: Path) -> int | None:
+    """Return the attempt that saved a checkpoint; None where its manifest does not tell."""
+    try:
+        attempt = read_manifest(path).get("attempt")
+    except ValueError:
+        return None
+    return attempt if isinstance(attempt, int) else None
+
+
+def newest_valid(
+    checkpoints_dir: Path, accepts: Callable[[Path], bool] = lambda path: True
+) -> Search:
     """Find the newest checkpoint whose every byte is as written.
 
     Args:
         checkpoints_dir: the folder of all checkpoints.
-        up_to: look at none of a later step.
+        accepts: tells which of them to look at.
     """
     damaged = []
-    for path in list_checkpoints(checkpoints_dir):
-        if up_to is not None and step_of(path) > up_to:
-            continue
+    for path in filter(accepts, list_checkpoints(checkpoints_dir)):
         try:
             verify(path)
         except ValueError as error:

@@ -19,7 +19,11 @@ def save(paths: RunPaths, attempt: int, step: int, keep: int) -> None:
     staged.mkdir()
     for name, content in FILES.items():
         (staged / name).write_bytes(content)
-    store.commit(staged, paths.checkpoints_dir / store.checkpoint_name(step), {"step": step})
+    store.commit(
+        staged,
+        paths.checkpoints_dir / store.checkpoint_name(step),
+        {"step": step, "attempt": attempt},
+    )
     print("announced", flush=True)
     store.prune(paths.checkpoints_dir, keep, newest=step)
 

@@ -15,6 +15,7 @@ from orchestrator.spec.schema import OnNan, OptimizerName, StrategyName
 from orchestrator.train import store
 from orchestrator.train.audit import Audit
 from orchestrator.train.checkpoint import read_model
+from tests.faults.saves import save
 from tests.plans import tiny_plan
 from tests.train.faulty import Poisoned
 from tests.train.rig import Rig, make_rig
@@ -92,6 +93,13 @@ def test_rollback_takes_back_the_whole_block_of_a_stream_which_cannot_be_read_ag
         (left != right).any()
         for left, right in zip(saved_weights(tmp_path, 8), saved_weights(tmp_path, 12), strict=True)
     )
+
+
+def test_rollback_takes_no_checkpoint_that_another_attempt_left_behind(tmp_path: Path) -> None:
+    save(tiny_plan(tmp_path).paths, attempt=9, step=6, keep=9)
+    told = live(tmp_path, checkpoint__every_steps=4, **ROLLBACK, job__args={"steps": [7]})
+    [notice] = [m.text for m in only(told, Notice) if "not finite" in m.text]
+    assert "the weights are those of step 4 again" in notice and only(told, Ended)
 
 
 def test_rollback_without_a_checkpoint_stops(tmp_path: Path) -> None:
