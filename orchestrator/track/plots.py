@@ -34,6 +34,9 @@ _FIGURES = {
     "gradient_norm": (r"train/gradient_norm", "gradient norm"),
 }
 _SPIKY = ("ms a step",)
+# A legend of more lines leaves no room for the plot.
+_MOST_NAMED = 12
+_OTHERS_COLOUR = "#c8c8c8"
 
 
 def draw(found: Account, folder: Path) -> list[Path]:
@@ -74,10 +77,16 @@ def _file_name(metric: str) -> str:
 def _lines(path: Path, series: Series, label: str) -> Path:
     figure = _figure()
     axes = figure.subplots()
-    for key, points in series.items():
-        steps, values = zip(*_thinned(points), strict=True)
-        marker = "o" if key.startswith("eval/") or len(points) == 1 else None
-        axes.plot(steps, values, label=key, marker=marker, markersize=4, linewidth=1.2)
+    named = labelled(series)
+    others = "the others" if len(named) < len(series) else None
+    for key in sorted(series, key=named.__contains__):  # the named ones on top
+        steps, values = zip(*_thinned(series[key]), strict=True)
+        marker = "o" if key.startswith("eval/") or len(series[key]) == 1 else None
+        if key in named:
+            axes.plot(steps, values, label=key, marker=marker, markersize=4, linewidth=1.2)
+        else:
+            axes.plot(steps, values, label=others, color=_OTHERS_COLOUR, linewidth=0.8)
+            others = None
     if label in _SPIKY:
         # A block that traced, or waited for a peer, would flatten all others.
         heights = sorted(value for points in series.values() for _, value in points)
@@ -105,6 +114,14 @@ def _bar(path: Path, seconds: Mapping[str, float]) -> Path:
     axes.set_xlabel("seconds")
     axes.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.6))
     return _write(figure, path)
+
+
+def labelled(series: Series) -> list[str]:
+    """Return the keys with a name and a colour: all, or of too many those with the highest mean."""
+    if len(series) <= _MOST_NAMED:
+        return list(series)
+    means = {key: sum(value for _, value in points) / len(points) for key, points in series.items()}
+    return sorted(means, key=means.__getitem__, reverse=True)[: _MOST_NAMED // 2]
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:

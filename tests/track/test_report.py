@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from orchestrator.spec.paths import RunPaths
+from orchestrator.track import plots
 from orchestrator.track.account import MAX_EVENTS, account
 from orchestrator.track.journal import read
 from orchestrator.track.report import summarise, write_report
@@ -130,3 +133,15 @@ def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path: Path) -> N
     rig.write(root, facts.record(rig.START), rig.ended("FAILED"))
     write_report(RunPaths(root))
     assert "failed" in RunPaths(root).report.read_text()
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_many_workers_the_slow_ones_are_named_and_the_plot_has_room(tmp_path: Path) -> None:
+    blocks = [rig.block(0, 4) | {"worker": worker, "wall_s": 1.0 + worker} for worker in range(64)]
+    paths = run_with(tmp_path, *blocks)
+    found = account(read(paths.journal))
+    steps = {key: series for key, series in found.series.items() if key.startswith("worker/")}
+    assert len(steps) == 64
+    named = plots.labelled(steps)
+    assert named[0] == "worker/63/step_ms" and len(named) == 6
+    plots.draw(found, tmp_path / "plots")
