@@ -35,7 +35,7 @@ class Past:
         attempts: how many attempts were started.
         mlflow_run: MLflow's id, if it was ever known.
         facts: the record the run was started with.
-        last_step: the last step any attempt reported.
+        last_step: the last step that the chief of any attempt reported.
         starts: the step that each attempt went on from.
         start_time: Unix seconds at which it was first started; 0 if nothing is known.
         format: of its records.
@@ -80,7 +80,7 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
             status = record["status"]
         elif kind == "MlflowRun":
             mlflow_run = record["run_id"]
-        elif kind == "BlockDone":
+        elif kind == "BlockDone" and record["worker"] == 0:  # the losses are the chief's to tell
             last_step = max(last_step, int(record["first_step"]) + int(record["num_steps"]))
     start_time = float(facts.get("time", 0.0))
     return Past(

@@ -159,7 +159,7 @@ class Agent:
                 the driver has given this agent up.
         """
         self._end_process()
-        if (silence_s := time.monotonic() - self._last_heard) > self._driver_silence_s:
+        if (silence_s := self._silence_s()) > self._driver_silence_s:
             raise StartFailed(
                 f"the driver was silent for {silence_s:.0f} s (cluster.driver_silence_s)"
             )
@@ -210,7 +210,10 @@ class Agent:
             self._sampler = Sampler(self._worker, name, every_s, self._deliver)
 
     def prove_export(self, export_dir: str, log: str) -> None:
-        """Check an export in a process without the project's code; it writes down what it found."""
+        """Check an export in a process without the project's code; it writes down what it found.
+
+        It is ended like a worker when the driver is silent: another attempt may export there.
+        """
         own = _own_paths([])
         project = str(Path(__file__).resolve().parents[2])
         # The current folder counts: it is often the project's.
@@ -225,8 +228,10 @@ class Agent:
         self.warm_up()
         child = self._launch(launch, ())
         try:
-            if not child.wait(_PROOF_TIMEOUT_S):
-                child.signal(signal.SIGKILL)
+            deadline = time.monotonic() + _PROOF_TIMEOUT_S
+            while not child.wait(_WATCH_INTERVAL_S):
+                if time.monotonic() > deadline or self._silence_s() > self._driver_silence_s:
+                    child.signal(signal.SIGKILL)
         finally:
             child.close()
 
@@ -260,12 +265,16 @@ class Agent:
             self._reserved.close()
             self._reserved = None
 
+    def _silence_s(self) -> float:
+        """Return for how long the driver has not listened."""
+        return time.monotonic() - self._last_heard
+
     def _fence(self) -> None:
         """Kill the process when nobody has listened for too long: the driver may be gone."""
         while True:
             time.sleep(_WATCH_INTERVAL_S)
             process = self._process
-            silence = time.monotonic() - self._last_heard
+            silence = self._silence_s()
             if process is not None and silence > self._driver_silence_s:
                 process.kill(
                     f"was ended by its agent: the driver was silent for {silence:.0f} s "

@@ -30,7 +30,7 @@ from orchestrator.control.ray_orders import order_worker
 from orchestrator.control.ray_places import Places
 from orchestrator.control.ray_samplers import Samplers
 from orchestrator.control.ray_start import LOOPBACK, start_local
-from orchestrator.errors import ExportError, StartFailed
+from orchestrator.errors import StartFailed
 from orchestrator.reaper import Reaper
 from orchestrator.spec.messages import (
     NO_ATTEMPT,
@@ -170,10 +170,7 @@ class RayGroup:
         paths = self._plan.paths
         log = paths.worker_log(self._attempt, 0).with_name("export-proof.log")
         if 0 not in self._seats:
-            raise ExportError(
-                "the chief's agent was lost before the exported model was proven; the checkpoints "
-                f"are whole: resume={self._plan.run}"
-            )
+            raise StartFailed("the chief's agent was lost before the exported model was proven")
         proof = self._seats[0].actor.prove_export.remote(str(paths.export_dir), str(log))
         with self._timed("proving the export"):
             self._get({0: proof}, limit_s=_PROOF_TIMEOUT_S)

@@ -33,6 +33,8 @@ _POLL_S = 0.2
 _WATCH_S = 0.1
 # How long a stop waits for the first block of an attempt, which may compile for minutes.
 _FIRST_BLOCK_S = 15.0
+# How often an export is proven by a process that dies before it has written down what it found.
+_PROOFS = 2
 
 
 class Supervisor:
@@ -170,10 +172,7 @@ class Supervisor:
         try:
             self._group.start(self._plan, attempt.number, restore_from, self._sizing.avoid)
         except ClusterError as error:
-            failed = start_failure(attempt, error)
-            attempt.failures.append(failed)
-            if failed.cause is Cause.start:
-                self._observe(failed)
+            self._fail(attempt, error)
             return None
         finally:
             attempt.name_hosts(self._group.hosts())
@@ -189,11 +188,18 @@ class Supervisor:
             self._grow(attempt)
             self._listen(attempt)
             if attempt.outcome is not None:
-                return self._end_well(attempt.outcome)
+                return self._end_well(attempt, attempt.outcome)
             self._watch(attempt, watchdog)
         self._listening = False
         self._hear_the_others(attempt)
         return None
+
+    def _fail(self, attempt: Attempt, error: ClusterError) -> None:
+        """Note that an agent did not do what it was asked to."""
+        failed = start_failure(attempt, error)
+        attempt.failures.append(failed)
+        if failed.cause is Cause.start:
+            self._observe(failed)
 
     def _listen(self, attempt: Attempt) -> None:
         messages = self._group.poll(_POLL_S)
@@ -252,16 +258,31 @@ class Supervisor:
         self._journal(growth_record(attempt, number))
         self._make_way()
 
-    def _end_well(self, outcome: Outcome) -> Outcome:
-        """Prove the export of a completed run, unless a stop cannot wait for that."""
+    def _end_well(self, attempt: Attempt, outcome: Outcome) -> Outcome | None:
+        """Prove the export of a completed run, unless a stop cannot wait for that.
+
+        A proof that was killed is made again; with its agent gone the attempt has failed, and the
+        next one exports again from the last checkpoint.
+        """
         self._listening = False
         if outcome is Outcome.completed and self._plan.config.export.enabled:
             if self._stops:
                 return Outcome.stopped
             # Workers that have ended wait to be ended; the proof needs their memory.
             self._group.kill()
-            self._group.prove_export()
+            try:
+                self._prove()
+            except ClusterError as error:
+                self._fail(attempt, error)
+                return None
         return outcome
+
+    def _prove(self) -> None:
+        for _ in range(_PROOFS):
+            self._group.prove_export()
+            if self._plan.paths.proof.exists():
+                return
+            self._is_stopped()
 
     def _watch(self, attempt: Attempt, watchdog: Watchdog) -> None:
         """Turn a worker that makes no progress beyond patience into one that is lost."""

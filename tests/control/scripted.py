@@ -56,6 +56,8 @@ class ScriptedGroup:
         places: what `hosts` returns.
         is_ready: what `prepare` returns at a time of the clock.
         on_sleep: called with the time after every nap of the supervisor.
+        proofs: what becomes of the next proofs of an export: an error is raised, a word leaves
+            nothing behind, as one does that was killed; without one they succeed.
     """
 
     def __init__(self, *scripts: Script):
@@ -68,6 +70,7 @@ class ScriptedGroup:
         self.places: dict[int, str] = {}
         self.is_ready: Callable[[float], bool] = lambda now: True
         self.on_sleep: Callable[[float], object] = lambda now: None
+        self.proofs: list[Exception | str] = []
         self._scripts = list(scripts)
         self._lines: list[Line] = []
         self._attempt = 0
@@ -132,6 +135,13 @@ class ScriptedGroup:
 
     def prove_export(self) -> None:
         self.calls.append("prove_export")
+        error = self.proofs.pop(0) if self.proofs else None
+        if isinstance(error, Exception):
+            raise error
+        if error is None:
+            paths = self.starts[-1][0].paths
+            paths.export_dir.mkdir(parents=True, exist_ok=True)
+            paths.proof.write_text("{}")
 
     def kill(self) -> None:
         self.calls.append("kill")

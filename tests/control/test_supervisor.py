@@ -21,7 +21,7 @@ from orchestrator.errors import (
     StartFailed,
     StorageError,
 )
-from orchestrator.spec.messages import Cause, Death, Message, Outcome, Phase, Request, Saved
+from orchestrator.spec.messages import Cause, Death, Failed, Message, Outcome, Phase, Request, Saved
 from orchestrator.spec.plan import Host, RunPlan, make_plan
 from orchestrator.spec.schema import StrategyName
 from tests.control.scripted import (
@@ -155,6 +155,32 @@ def test_the_export_is_proven_once_after_everyone_has_ended(tmp_path: Path) -> N
     desk.run()
     assert before_the_last == ["start 1 from None"]
     assert desk.group.calls == ["start 1 from None", "kill", "prove_export", "kill"]
+
+
+def test_a_proof_that_was_killed_is_made_again(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, WELL)
+    desk.group.proofs = ["killed"]
+    assert desk.run() is Outcome.completed
+    assert desk.group.calls.count("prove_export") == 2 and len(desk.group.starts) == 1
+
+
+def test_a_proof_that_is_killed_each_time_is_left_to_who_looks_for_it(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, WELL)
+    desk.group.proofs = ["killed"] * 9
+    assert desk.run() is Outcome.completed
+    assert desk.group.calls.count("prove_export") == 2
+
+
+def test_an_agent_that_is_lost_with_the_proof_costs_an_attempt_and_not_the_run(
+    tmp_path: Path,
+) -> None:
+    last: list[Line] = [[ready(), block(), saved(8)], ended()]
+    desk = Desk(tmp_path, last, [ready(0, 8), ended()])
+    desk.group.proofs = [StartFailed("worker 0: its agent is gone")]
+    assert desk.run() is Outcome.completed
+    assert [start[2] for start in desk.group.starts] == [None, "step-8"]
+    assert desk.group.calls.count("prove_export") == 2
+    assert any("its agent is gone" in m.error for m in desk.told if isinstance(m, Failed))
 
 
 def test_a_run_without_export_proves_none(tmp_path: Path) -> None:
