@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.control.addresses import chosen_address
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, StartFailed
 
 _SAME_EVERYWHERE = ("tensorflow", "keras", "ray", "numpy")
 # Records carry the time of the host they were made on: with more, their order is a wrong one.
@@ -48,6 +48,17 @@ def check_nodes(
                 "not reach it; its host name may resolve to that. Start Ray there with "
                 "`ray start --node-ip-address=ADDRESS`"
             )
+
+
+def unfit(error: ClusterError, own: dict[str, Any], nodes: Sequence[dict[str, Any]]) -> StartFailed:
+    """Turn what `check_nodes` refuses of a run that has trained into the failure of a worker.
+
+    A node that joined meanwhile is no reason to end the run: one that fails twice is avoided.
+    """
+    failed = StartFailed(str(error))
+    unlike = (worker for worker, node in enumerate(nodes) if version_differences(own, node))
+    failed.worker = next(unlike, None)
+    return failed
 
 
 def version_differences(own: dict[str, Any], node: dict[str, Any]) -> list[str]:

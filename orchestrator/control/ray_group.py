@@ -21,7 +21,7 @@ from orchestrator.control.launcher import Zygote
 from orchestrator.control.policy import Room
 from orchestrator.control.ray_agents import Agents
 from orchestrator.control.ray_answers import answers
-from orchestrator.control.ray_checks import check_nodes, clock_warning
+from orchestrator.control.ray_checks import check_nodes, clock_warning, unfit
 from orchestrator.control.ray_join import join, join_kept
 from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat
 from orchestrator.control.ray_lost import Fences, death_of, told_to_leave
@@ -30,7 +30,7 @@ from orchestrator.control.ray_orders import order_worker
 from orchestrator.control.ray_places import Places
 from orchestrator.control.ray_samplers import Samplers
 from orchestrator.control.ray_start import LOOPBACK, start_local
-from orchestrator.errors import StartFailed
+from orchestrator.errors import ClusterError, StartFailed
 from orchestrator.reaper import Reaper
 from orchestrator.spec.messages import (
     NO_ATTEMPT,
@@ -82,6 +82,7 @@ class RayGroup:
             self._agents = Agents(config, zygote.socket_path if zygote is not None else None, None)
         self._timed = timed
         self._attempt = 0
+        self._has_begun = False
         self._plan: RunPlan | None = None
         self._places = Places(config, notice)
         self._samplers = Samplers()
@@ -123,6 +124,7 @@ class RayGroup:
         with self._timed("importing TensorFlow"):
             self._get({seat.worker: seat.actor.warm_up.remote() for seat in self._ordered})
             self._start_processes(plan, attempt, restore_from)
+        self._has_begun = True
 
     def capacity(self, plan: RunPlan) -> Room:
         """Tell how many workers fit on each host that is alive and answers."""
@@ -273,7 +275,13 @@ class RayGroup:
         )
         for seat, node in zip(self._ordered, nodes, strict=True):
             seat.node = node
-        check_nodes(Agent.describe_here(), nodes, self._config.interface)
+        own = Agent.describe_here()
+        try:
+            check_nodes(own, nodes, self._config.interface)
+        except ClusterError as error:
+            if not self._has_begun:
+                raise
+            raise unfit(error, own, nodes) from error
 
     def _start_processes(self, plan: RunPlan, attempt: int, restore_from: str | None) -> None:
         self._addresses = self._reserve_addresses(plan)

@@ -14,7 +14,12 @@ from ray.exceptions import OutOfMemoryError, RayError
 from orchestrator.control.addresses import chosen_address
 from orchestrator.control.agent import Agent
 from orchestrator.control.policy import Room
-from orchestrator.control.ray_checks import check_nodes, clock_warning, version_differences
+from orchestrator.control.ray_checks import (
+    check_nodes,
+    clock_warning,
+    unfit,
+    version_differences,
+)
 from orchestrator.control.ray_errors import why_lost
 from orchestrator.control.ray_join import _why_not_joined
 from orchestrator.control.ray_nodes import _answers, count_room, has_labels, wanted_labels
@@ -83,6 +88,15 @@ def test_a_node_known_by_loopback_is_refused_beside_others_and_fine_alone() -> N
         check_nodes(here, nodes)
     assert "--node-ip-address" in str(refused.value)
     check_nodes(here, nodes[1:])
+
+
+def test_a_node_of_other_versions_that_joins_a_run_that_trains_is_a_worker_that_failed() -> None:
+    here = Agent.describe_here() | {"node_id": "a"}
+    other = here | {"node_id": "b", "host": "new", "packages": {**here["packages"], "keras": "1"}}
+    with pytest.raises(ClusterError, match="new: keras 1, here") as refused:
+        check_nodes(here, [here, other])
+    failed = unfit(refused.value, here, [here, other])
+    assert failed.worker == 1 and str(failed) == str(refused.value)
 
 
 def test_the_chosen_interface_must_be_on_every_node_and_no_loopback() -> None:
