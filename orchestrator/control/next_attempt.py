@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.control.policy import Failure, GiveUp, Place, Retry, Wait, want
 from orchestrator.control.sizing import Sizing
 from orchestrator.control.story import decision_record, tell, tell_retry, waiting_record
-from orchestrator.errors import BudgetSpent, ClusterError, JobError, StartFailed
+from orchestrator.errors import BudgetSpent, ClusterError, JobError, StartFailed, StorageError
 from orchestrator.spec.messages import Cause
 
 # While too few workers fit: how often that is looked at, and how often it is said.
@@ -126,28 +126,69 @@ class NextAttempt:
         """Wait until enough workers fit, or for too long; None if the run was stopped."""
         began = self._clock()
         last_told = -math.inf
-        limit_s = self._sizing.plan.config.recovery.capacity_timeout_s
-        while True:
-            waited_s = self._clock() - began
-            decision = self._sizing.decide(failure, waited_s)
-            if not isinstance(decision, Wait):
-                self._journal(waiting_record("capacity", waited_s))
-                return decision
-            if waited_s - last_told >= _TELL_S:
-                last_told = waited_s
-                self._notice(
-                    f"waiting for capacity since {waited_s:.0f} s, at most {limit_s:g} s "
-                    f"(recovery.capacity_timeout_s): {want(self._sizing.situation())}"
-                )
-            if not self._pause(_LOOK_S):
-                self._journal(waiting_record("capacity", self._clock() - began))
-                return None
+        try:
+            while True:
+                waited_s = self._clock() - began
+                decision = self._sizing.decide(failure, waited_s)
+                if not isinstance(decision, Wait):
+                    return decision
+                if waited_s - last_told >= _TELL_S:
+                    last_told = waited_s
+                    self._notice(
+                        f"waiting for capacity since {waited_s:.0f} s, at most {self._limit_s:g} s "
+                        f"(recovery.capacity_timeout_s): {want(self._sizing.situation())}"
+                    )
+                if not self._pause(_LOOK_S):
+                    return None
+        finally:  # a stop may come as an exception
+            self._journal(waiting_record("capacity", self._clock() - began))
+
+    def make_folders(self, make: Callable[[], None], *, waits: bool) -> bool:
+        """Make the folders of an attempt; wait for room on a disk that was full meanwhile.
+
+        Args:
+            make: makes them, or raises StorageError.
+            waits: False where nothing has been trained yet.
+
+        Returns:
+            False if the run was stopped meanwhile.
+
+        Raises:
+            StorageError: they cannot be made.
+        """
+        began, is_told = self._clock(), False
+        try:
+            while True:
+                try:
+                    make()
+                    return True
+                except StorageError as error:
+                    if not waits or self._clock() - began >= self._limit_s:
+                        raise
+                    if not is_told:
+                        is_told = True
+                        self._notice(
+                            f"DEGRADED: {error}; waiting for room, at most {self._limit_s:g} s "
+                            "(recovery.capacity_timeout_s)"
+                        )
+                if not self._pause(_LOOK_S):
+                    return False
+        finally:
+            if is_told:
+                self._journal(waiting_record("storage", self._clock() - began))
+
+    @property
+    def _limit_s(self) -> float:
+        """How long is waited for what a run needs, in seconds."""
+        return self._sizing.plan.config.recovery.capacity_timeout_s
 
     def _pause(self, seconds: float, reason: str = "") -> bool:
         """Wait; return False as soon as the run is stopped."""
         began = self._clock()
-        while not self._is_stopped() and (left_s := began + seconds - self._clock()) > 0:
-            self._sleep(min(left_s, _NAP_S))
-        if reason and seconds:
-            self._journal(waiting_record(reason, self._clock() - began))
+        try:
+            while not self._is_stopped() and (left_s := began + seconds - self._clock()) > 0:
+                self._sleep(min(left_s, _NAP_S))
+        finally:
+            if reason and seconds:
+                self._journal(waiting_record(reason, self._clock() - began))
         return not self._is_stopped()

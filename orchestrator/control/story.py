@@ -160,7 +160,12 @@ def growth_record(attempt: Attempt, num_workers: int) -> dict[str, Any]:
 
 
 def waiting_record(reason: str, seconds: float) -> dict[str, Any]:
-    """Return what the journal keeps of time without workers: for `capacity`, or as `back-off`."""
+    """Return what the journal keeps of time without workers.
+
+    Args:
+        reason: `capacity` or `storage`, which were waited for, or `back-off`.
+        seconds: for how long.
+    """
     return {"kind": "Waiting", "time": time.time(), "reason": reason, "seconds": round(seconds, 3)}
 
 

@@ -81,7 +81,7 @@ class Supervisor:
         self._newest_checkpoint = newest_checkpoint
         self._journal = journal
         self._together = together
-        self._number = first_attempt
+        self._number = self._first_number = first_attempt
         self._clock = clock
         self._stops = 0
         self._stop_sent_at: float | None = None
@@ -151,7 +151,10 @@ class Supervisor:
         step, path = found if found else (0, None)
         attempt = Attempt.begin(number, step, self._plan.num_workers, self._clock())
         self._began(number, path, self._plan.num_workers)
-        prepare(self._plan.paths, number)
+        if not self._next.make_folders(
+            lambda: prepare(self._plan.paths, number), waits=number > self._first_number
+        ):
+            return None, Outcome.stopped
         try:
             outcome = self._attempt(attempt, path)
         finally:

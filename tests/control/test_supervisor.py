@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -787,6 +788,58 @@ def test_a_second_stop_ends_the_waiting_as_an_interruption(tmp_path: Path) -> No
     desk.group.on_sleep = lambda now: (desk.stop(), desk.stop())
     with pytest.raises(Interrupted):
         desk.run()
+
+
+def test_time_that_was_waited_is_on_record_however_the_waiting_ends(tmp_path: Path) -> None:
+    desk = elastic(tmp_path, room=lambda now: {})
+    desk.group.on_sleep = lambda now: (desk.stop(), desk.stop()) if now > 1007.0 else None
+    with pytest.raises(Interrupted):
+        desk.run()
+    [wait] = [record for record in desk.records if record["kind"] == "Waiting"]
+    assert wait["reason"] == "capacity" and 6.5 < wait["seconds"] < 8.0
+
+
+class FullDisk(Desk):
+    """A desk on whose disk no folder finds room: a file is where that of checkpoints would be."""
+
+    def fill(self) -> None:
+        shutil.rmtree(self.plan.paths.checkpoints_dir, ignore_errors=True)
+        self.plan.paths.root.mkdir(parents=True, exist_ok=True)
+        self.plan.paths.checkpoints_dir.write_bytes(b"")
+
+    def newest_checkpoint(self) -> tuple[int, str] | None:
+        """Fill the disk when the first attempt is over."""
+        if any(isinstance(message, Death) for message in self.told):
+            self.fill()
+        return super().newest_checkpoint()
+
+
+FAILING: list[Line] = [ready(), block(), saved(4), death()]
+
+
+def test_a_disk_that_is_full_between_attempts_is_waited_for(tmp_path: Path) -> None:
+    desk = FullDisk(tmp_path, FAILING, [ready(0, 4), ended()])
+    desk.group.on_sleep = lambda now: (
+        desk.plan.paths.checkpoints_dir.unlink(missing_ok=True) if now > 1040.0 else None
+    )
+    assert desk.run() is Outcome.completed
+    [told] = [note for note in desk.notices if note.startswith("DEGRADED")]
+    assert "cannot make the folder" in told and "recovery.capacity_timeout_s" in told
+    [wait] = [record for record in desk.records if record["kind"] == "Waiting"]
+    assert wait["reason"] == "storage" and 30.0 < wait["seconds"] < 42.0
+
+
+def test_a_disk_that_stays_full_ends_the_run_as_the_storages_fault(tmp_path: Path) -> None:
+    desk = FullDisk(tmp_path, FAILING)
+    assert "cannot make the folder" in desk.story(StorageError)
+    assert 600.0 < desk.group.now - 1000.0 < 610.0
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_at_once(tmp_path: Path) -> None:
+    desk = FullDisk(tmp_path)
+    desk.fill()
+    assert "cannot make the folder" in desk.story(StorageError)
+    assert desk.group.now == 1000.0
 
 
 def test_an_elastic_run_begins_with_what_there_is(tmp_path: Path) -> None:
