@@ -9,6 +9,7 @@ or was in a hurry and left to the guardian what MLflow had not taken yet.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -28,7 +29,8 @@ _URI_VARIABLE = "ORCHESTRATOR_GUARDED_URI"
 _ARTIFACTS_VARIABLE = "ORCHESTRATOR_GUARDED_ARTIFACTS"
 # Who restarts a driver at once, as a retry loop does, goes on with the run: nothing is to be ended.
 GRACE_S = 3.0
-_DEADLINE_S = 60.0
+# A server that is away for a minute, as one that is started again, has the whole record then.
+_DEADLINE_S = 120.0
 _LOOK_S = 1.0
 # In the background, so that init adopts it: Ray's job stop ends a driver's children too. A job in
 # the background would read from /dev/null, hence the other descriptor.
@@ -114,13 +116,22 @@ def end_record(root: Path, environment: Mapping[str, str]) -> None:
     with held(paths) as is_held:
         if not is_held:
             return
-    where = {"uri": environment.get(_URI_VARIABLE)}
-    where["artifact_root"] = environment.get(_ARTIFACTS_VARIABLE)
-    sync(root, **where, deadline_s=_DEADLINE_S)
+    complete = functools.partial(
+        sync,
+        root,
+        uri=environment.get(_URI_VARIABLE),
+        artifact_root=environment.get(_ARTIFACTS_VARIABLE),
+        deadline_s=_DEADLINE_S,
+        sends_again=False,
+        is_patient=True,
+    )
+    report = complete()
     # The status is what somebody waits for; the page takes seconds to draw.
     with contextlib.suppress(OSError):
         write_report(paths)
-        sync(root, **where, deadline_s=_DEADLINE_S)
+        report = report if report.missing else complete()
+    if report.missing:
+        print(f"MLflow lacks the last records of {root}: {report.missing}", file=sys.stderr)
 
 
 def _close_journal(paths: RunPaths) -> bool | None:

@@ -225,7 +225,7 @@ class Training:
                     limit_s = None if limit_s is None else 0.0
         # An earlier driver may have left the run RUNNING in MLflow, which this one did not ask.
         is_untold = limit_s is None and self._past is not None
-        if not report.is_late and not is_untold:
+        if not report.missing and not is_untold:
             self._guard.take_back()
         return report
 
@@ -236,10 +236,9 @@ class Training:
                 f"train.max_time_s={limit_s:g} was over before a step was made; raise it"
             )
         if report.missing:
-            when = "they follow in the background; else" if report.is_late else "when it is back"
             self._screen.notice(
-                f"MLflow lacks the last records ({report.missing}); {when}: "
-                f"orchestrator runs sync {self._plan.paths.root}"
+                f"MLflow lacks the last records ({report.missing}); for two minutes they are sent "
+                f"in the background; after that: orchestrator runs sync {self._plan.paths.root}"
             )
         wall_s = time.monotonic() - self._start
         self._screen.finish(summarise(self._plan, self._tally, status, report, wall_s))

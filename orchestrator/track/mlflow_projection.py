@@ -7,6 +7,7 @@ and MLflow keeps equal points once: sending anything twice changes nothing.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,14 +37,12 @@ class Report:
         model_uri: `models:/...`, or None if no model was logged.
         missing: why something is missing, or nothing.
         url: of the run's page, or None if the tracking address is not one of a server.
-        is_late: whether MLflow was still at work when the time was over.
     """
 
     run_id: str | None
     model_uri: str | None
     missing: str
     url: str | None = None
-    is_late: bool = False
 
 
 class Projection:
@@ -56,6 +55,8 @@ class Projection:
         keep: Callable[[dict[str, Any]], None],
         notice: Callable[[str], None],
         is_live: bool = True,
+        sends_again: bool = False,
+        tries_at_end: int | None = _TRIES_AT_END,
     ):
         """Begin without touching MLflow.
 
@@ -64,8 +65,11 @@ class Projection:
             keep: writes a record into the journal; called from the thread.
             notice: shown to the user; called from the thread.
             is_live: whether the run is being trained, and so RUNNING until it is finished.
+            sends_again: whether to send also what the journal says MLflow has taken.
+            tries_at_end: how often to ask a server that does not answer; None goes on.
         """
-        self._writer = Writer(facts, keep, notice, is_live=is_live)
+        self._writer = Writer(facts, keep, notice, is_live=is_live, sends_again=sends_again)
+        self._tries_at_end = tries_at_end
         self._notice = notice
         self._is_live = is_live
         self._ending = threading.Event()
@@ -91,8 +95,7 @@ class Projection:
         self.start()
         self._ending.set()
         self._thread.join(deadline_s)
-        is_late = self._thread.is_alive()
-        if is_late:
+        if self._thread.is_alive():
             self._abandoned.set()
             self._missing = self._missing or f"MLflow took more than {deadline_s:g} s"
         store = self._writer.store
@@ -101,15 +104,16 @@ class Projection:
             model_uri=self._model_uri,
             missing=self._missing,
             url=self._writer.url(),
-            is_late=is_late,
         )
 
     def _work(self) -> None:
         if self._is_live:
             self._writer.keep_packages()
-        while not self._ending.is_set():
-            self._insist(self._writer.advance)
-            self._ending.wait(_FLUSH_S)
+            while not self._ending.is_set():
+                self._insist(self._writer.advance)
+                self._ending.wait(_FLUSH_S)
+        elif self._status is not None:
+            self._insist(functools.partial(self._writer.tell_status, self._status))
         self._insist(self._end)
 
     def _end(self) -> None:
@@ -132,7 +136,7 @@ class Projection:
                 pause_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)]
                 failures += 1
                 failures_at_end += self._ending.is_set()
-                if failures_at_end == _TRIES_AT_END:
+                if failures_at_end == self._tries_at_end:
                     self._abandoned.set()
                 self._abandoned.wait(pause_s)
             else:
@@ -159,7 +163,13 @@ def check(facts: RunFacts) -> None:
 
 
 def sync(
-    root: Path, *, uri: str | None = None, artifact_root: str | None = None, deadline_s: float = 600
+    root: Path,
+    *,
+    uri: str | None = None,
+    artifact_root: str | None = None,
+    deadline_s: float = 600,
+    sends_again: bool = True,
+    is_patient: bool = False,
 ) -> Report:
     """Write a run's journal into MLflow from its beginning; again changes nothing.
 
@@ -168,6 +178,8 @@ def sync(
         uri: of MLflow; by default the one the run was recorded with.
         artifact_root: where a local SQLite store keeps artifacts; goes with `uri`.
         deadline_s: how long to wait for MLflow at most.
+        sends_again: whether to send also what the journal says MLflow has taken.
+        is_patient: whether to ask a server that does not answer until the time is over.
 
     Raises:
         StorageError: the folder has no journal.
@@ -189,7 +201,12 @@ def sync(
             "tracking.uri=, or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     projection = Projection(
-        facts, keep=lambda record: None, notice=lambda text: None, is_live=False
+        facts,
+        keep=lambda record: None,
+        notice=lambda text: None,
+        is_live=False,
+        sends_again=sends_again,
+        tries_at_end=None if is_patient else _TRIES_AT_END,
     )
     return projection.finish(status, deadline_s)
 

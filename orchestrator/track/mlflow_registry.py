@@ -51,7 +51,9 @@ def log_model(store: Store, paths: RunPaths, origin: Origin) -> str:
     outputs = client.get_run(store.run_id).outputs
     if model.model_id not in [item.model_id for item in outputs.model_outputs]:
         client.log_outputs(store.run_id, [LoggedModelOutput(model.model_id, origin.step)])
-    client.log_batch(store.run_id, metrics=_metrics(model.model_id, _proof(paths), origin))
+    metrics = _metrics(model.model_id, _proof(paths), origin)
+    told = [metric for metric in metrics if not _is_told(store, metric)]
+    client.log_batch(store.run_id, metrics=told)
     if facts.register is not None:
         _register(store, facts.register, facts.alias, model)
     return str(model.model_uri)
@@ -100,6 +102,14 @@ def _metrics(model_id: str, proof: Mapping[str, Any], origin: Origin) -> list[An
         )
         for name, value in evaluated["metrics"].items()
     ]
+
+
+def _is_told(store: Store, metric: Any) -> bool:
+    """Tell whether the run has a figure of this step from an earlier export of it."""
+    if metric.key not in _FIGURES.values():
+        return False
+    history = store.client.get_metric_history(store.run_id, metric.key)
+    return any(p.step == metric.step and p.timestamp != metric.timestamp for p in history)
 
 
 def _register(store: Store, name: str, alias: str | None, model: Any) -> None:

@@ -23,6 +23,7 @@ RUN_TAG = "orchestrator.run"
 DESCRIPTION_TAG = "mlflow.note.content"
 DEGRADED_TAG = "orchestrator.degraded"
 HARDWARE_TAG = "orchestrator.hardware"
+REFUSED_TAG = "orchestrator.refused"
 _CHANGED_TAG = "orchestrator.changed."
 BATCH = 1000  # MLflow's own limit on the metrics of one request
 _BATCH_OF_WORDS = 100  # params or tags of one request
@@ -50,14 +51,15 @@ class Store:
         Args:
             facts: of the run.
             known_run_id: its id as far as known; the tag finds it otherwise.
-            start_time_ms: when it began, should it have to be made.
+            start_time_ms: when it began; a run of the same name that began at another time is
+                another one.
         """
         self._facts = facts
         self._client = open_client(facts.tracking_uri, facts.timeout_s)
         run = self._find_known(known_run_id)
         # A run that is there stays where it is, whatever its experiment is called by now.
         self.experiment_id = self._find_experiment() if run is None else str(run.info.experiment_id)
-        run = run or self._find_run()
+        run = run or self._find_run(start_time_ms)
         if run is None:
             tags = {RUN_TAG: facts.run}
             run = self._client.create_run(
@@ -119,8 +121,8 @@ class Store:
             self._client.restore_run(run.info.run_id)
         return run
 
-    def _find_run(self) -> Any:
-        """Return the run by its tag, restored if it was deleted, or None."""
+    def _find_run(self, start_time_ms: int | None) -> Any:
+        """Return the run by its tag and start, restored if it was deleted, or None."""
         from mlflow.entities import ViewType
 
         found = self._client.search_runs(
@@ -128,9 +130,11 @@ class Store:
             filter_string=f"tags.`{RUN_TAG}` = '{self._facts.run}'",
             run_view_type=ViewType.ALL,
         )
+        # A folder that was removed, or one of another checkout, may have had the name before.
+        same = [run for run in found if start_time_ms in (None, run.info.start_time)]
         # Two can only be there if somebody made one by hand.
-        found.sort(key=lambda run: int(run.info.start_time))
-        return self._restored(found[0]) if found else None
+        same.sort(key=lambda run: int(run.info.start_time))
+        return self._restored(same[0]) if same else None
 
     def _describe(self, params: Mapping[str, str], known_tags: Mapping[str, str]) -> None:
         """Log tags, and the params that are not there yet: of one that differs, a tag tells it.
@@ -169,6 +173,8 @@ class Store:
             if error.error_code not in _REFUSALS or not self._is_active():
                 raise
             if len(points) == 1:
+                # And when the database takes no writes at all, which raises here too.
+                self.tag(REFUSED_TAG, f"{points[0].key} of step {points[0].step:,}")
                 return [points[0].key]
         middle = len(points) // 2
         return self.send(points[:middle]) + self.send(points[middle:])

@@ -27,6 +27,9 @@ from orchestrator.track.origin import origin
 from orchestrator.track.points import Point, Points
 from orchestrator.track.report import summarise
 
+# Reading the journal again is cheap; sending it again takes a second for so many points.
+_MARKED_POINTS = 5_000
+
 
 class Writer:
     """What the thread does; every method raises whatever MLflow raises and may be repeated."""
@@ -38,6 +41,7 @@ class Writer:
         notice: Callable[[str], None],
         *,
         is_live: bool,
+        sends_again: bool = False,
     ):
         """Begin without touching MLflow.
 
@@ -46,8 +50,10 @@ class Writer:
             keep: writes a record into the journal.
             notice: shown to the user.
             is_live: whether the run is being trained, and so RUNNING.
+            sends_again: whether to send also what the journal says MLflow has taken.
         """
         self._is_live = is_live
+        self._sends_again = sends_again
         self._facts = facts
         self._paths = RunPaths(Path(facts.root))
         self._keep = keep
@@ -63,6 +69,10 @@ class Writer:
         self._reader = Reader(self._paths.journal)
         self._points = Points(self._facts.log_every_steps, self._facts.global_batch_size)
         self._unsent: list[Point] = []
+        # Points so far, how many of them MLflow has taken, and how many by the journal.
+        self._num_points = self._num_sent = self._num_marked = 0
+        self._marks: dict[str, int] = {}
+        self._is_open = False
         self._data: list[Mapping[str, Any]] = []
         self._nodes = Nodes()
         # What tags should say, and those that say something else still.
@@ -97,6 +107,7 @@ class Writer:
                 if len(self._unsent) >= BATCH:
                     self._send(store)
             self._send(store)
+            self._mark(store)
             for key in list(self._untold):
                 store.tag(key, self._untold[key])
                 del self._untold[key]
@@ -115,6 +126,12 @@ class Writer:
             names = sorted(f"{item.name}=={item.version}" for item in distributions())
             self._paths.packages.write_text("".join(f"{name}\n" for name in dict.fromkeys(names)))
 
+    def tell_status(self, status: str) -> None:
+        """Say how a run ended that nobody trains, before anything else: it is waited for most."""
+        store = self._connected()
+        if not self._is_open:
+            store.end(status, self._end_time_ms)
+
     def end(self, status: str | None) -> str | None:
         """Upload files and model and set the status; return the model's address."""
         store = self._connected()
@@ -126,8 +143,9 @@ class Writer:
                 return log_model(store, self._paths, origin(read(self._paths.journal)))
             return None
         finally:
-            # It is true whether or not there is a place for files.
-            if status is not None:
+            # It is true whether or not there is a place for files; unless somebody, meanwhile,
+            # trains the run again.
+            if status is not None and (self._is_live or not self._is_open):
                 store.end(status, self._end_time_ms)
 
     def _connected(self) -> Store:
@@ -140,6 +158,8 @@ class Writer:
         if self.store is not None and self.store.run_id != store.run_id:
             self._begin()  # a run made anew has none of the points
             self._look_back()
+        if not self._num_points and not self._sends_again:
+            self._num_sent = self._num_marked = self._marks.get(store.run_id, 0)
         self.store, self._is_current = store, True
         if known != store.run_id:
             self._known_run_id = store.run_id
@@ -147,14 +167,19 @@ class Writer:
         return store
 
     def _look_back(self) -> tuple[str | None, int | None]:
-        """Learn run id, start and window from the journal before the points are made."""
+        """Learn run id, start, end and window from the journal before the points are made."""
         known, start_time_ms = self._known_run_id, None
         for record in read(self._paths.journal):
             match record.get("kind"):
-                case "RunStarted" if start_time_ms is None:
-                    start_time_ms = round(record["time"] * 1000)
+                case "RunStarted":
+                    self._is_open = True
+                    start_time_ms = start_time_ms or round(record["time"] * 1000)
+                case "RunEnded":
+                    self._note_end(record)
                 case "MlflowRun":
                     known = record["run_id"]
+                case "Sent":
+                    self._marks[record["run_id"]] = record["num_points"]
                 case "Window" if not self._kept_window:
                     # The first choice stands for the whole run.
                     self._kept_window = True
@@ -175,20 +200,41 @@ class Writer:
                 self._untold[DEGRADED_TAG] = self._degraded
             case "Saved" if self._degraded:
                 self._degraded = self._untold[DEGRADED_TAG] = ""
+            case "RunStarted":
+                self._is_open = True
             case "RunEnded":
-                self._end_time_ms = round(record["time"] * 1000)
+                self._note_end(record)
         self._unsent.extend(self._points.feed(record))
         if self._points.window is not None and not self._kept_window:
             self._kept_window = True
             self._note(kind="Window", log_every_steps=self._points.window)
 
+    def _note_end(self, record: Mapping[str, Any]) -> None:
+        self._is_open, self._end_time_ms = False, round(record["time"] * 1000)
+
     def _send(self, store: Store) -> None:
+        """Send the points that have come together, but for those that MLflow has already."""
+        known = min(len(self._unsent), max(0, self._num_sent - self._num_points))
+        del self._unsent[:known]
+        self._num_points += known
         while self._unsent:
-            refused = set(store.send(self._unsent[:BATCH])) - self._refused
+            batch = self._unsent[:BATCH]
+            refused = set(store.send(batch)) - self._refused
             del self._unsent[:BATCH]
+            self._num_points += len(batch)
             self._refused |= refused
             for key in sorted(refused):
                 self._notice(f"MLflow refuses points of the metric {key}; the journal has them")
+
+    def _mark(self, store: Store) -> None:
+        """Write down how many points MLflow has: whoever goes on with the run leaves them out.
+
+        The first points of a journal are the same ones whenever it is read, in an order that is
+        the same from when the window is known and nothing waits for it.
+        """
+        if self._num_points - self._num_marked >= _MARKED_POINTS and self._points.is_settled:
+            self._num_marked = self._num_points
+            self._note(kind="Sent", run_id=store.run_id, num_points=self._num_points)
 
     def _note(self, **record: Any) -> None:
         """Journal what was found out; not vital, since tag and journal give it again."""

@@ -55,6 +55,11 @@ class Points:
         self._num_samples: dict[str, int] = {}
         self._stride = 1  # windows of the chief for one of another worker
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all blocks so far have been counted: none waits for the window."""
+        return self.window is not None and not self._waiting
+
     def feed(self, record: Mapping[str, Any]) -> list[Point]:
         """Take the next record and return the points that it completes."""
         return list(self._feed(record))

@@ -53,7 +53,7 @@ class Record:
         self._lock = threading.Lock()
         self._waiting: deque[Mapping[str, Any]] = deque()
         self._failing_since: float | None = None
-        self._has_ended = False
+        self._has_ended = self._is_closed = False
         self._is_gathering = False
         self._paths = RunPaths(path.parent)
         self._journal = Journal(path)
@@ -67,8 +67,13 @@ class Record:
         return 0.0 if since is None else self._clock() - since
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Journal a record, or keep it until that is possible; MLflow's thread reads the file."""
+        """Journal a record, or keep it until that is possible; MLflow's thread reads the file.
+
+        What that thread finds out when nobody waits for it any more is not kept.
+        """
         with self._lock:
+            if self._is_closed:
+                return
             self._waiting.append(record)
             said = "" if self._is_gathering else self._write_waiting()
         if said:
@@ -121,6 +126,7 @@ class Record:
             report = self._projection.finish(status, deadline_s)
         with self._lock:
             self._write_waiting()  # the projection's last ones
+            self._is_closed = True
         self._journal.close()
         return report
 
