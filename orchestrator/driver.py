@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from orchestrator.asking import listening
+from orchestrator.changes import compare_settings
 from orchestrator.comparison import run_folder
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.holding import Hold
@@ -28,7 +29,6 @@ from orchestrator.lease import Lease
 from orchestrator.provenance import keep_changes
 from orchestrator.runs import (
     Past,
-    compare,
     create_run,
     find_run,
     look_again,
@@ -123,7 +123,7 @@ def _train(
 
         plan = replan(config.strategy.num_workers)
         if past is not None:
-            notices += compare(past, plan, flatten(config))
+            notices += compare_settings(past, plan, flatten(config))
         notices += _keep_code(plan, past)
         screen = stack.enter_context(
             Screen(

@@ -13,16 +13,13 @@ from typing import Any
 from orchestrator.errors import ConfigError, RestoreError, StorageError
 from orchestrator.spec.overrides import GROUPS, key_of
 from orchestrator.spec.paths import RunPaths
-from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.secrets import MASK
 from orchestrator.track.facts import FORMAT
 from orchestrator.train.store import start_of
 
-# What decides which examples a step uses, and so what the run computes.
-_SAME_RUN = ("job.class_name", "train.global_batch_size", "train.seed", "data.num_examples")
 # What says how one start of a run is made, not what the run is.
-_ONE_START = ("resume", "resume_allow", "run_name")
+ONE_START = ("resume", "resume_allow", "run_name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +34,7 @@ class Past:
         facts: the record the run was started with.
         last_step: the last step that the chief of any attempt reported.
         starts: the step that each attempt went on from.
+        digests: of the data of each split, as it was trained on last.
         start_time: Unix seconds at which it was first started; 0 if nothing is known.
         format: of its records.
         notice: why this run was chosen, for the user to read.
@@ -49,6 +47,7 @@ class Past:
     facts: dict[str, Any]
     last_step: int
     starts: Mapping[int, int]
+    digests: Mapping[str, str]
     start_time: float
     format: int = FORMAT
     notice: str = ""
@@ -67,6 +66,7 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
     status, attempts, mlflow_run, last_step, format_ = None, 0, None, 0, 0
     facts: dict[str, Any] = {}
     starts: dict[int, int] = {}
+    digests: dict[str, str] = {}
     for record in read(paths.journal):
         kind = record.get("kind")
         if kind == "RunStarted":
@@ -76,6 +76,8 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
         elif kind == "AttemptStarted":
             attempts = max(attempts, int(record["attempt"]))
             starts[int(record["attempt"])] = start_of(record.get("restore_from"))
+        elif kind == "DataUsed":
+            digests[record["split"]] = record["digest"]
         elif kind == "RunEnded":
             status = record["status"]
         elif kind == "MlflowRun":
@@ -84,7 +86,16 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
             last_step = max(last_step, int(record["first_step"]) + int(record["num_steps"]))
     start_time = float(facts.get("time", 0.0))
     return Past(
-        paths, status, attempts, mlflow_run, facts, last_step, starts, start_time, format_ or FORMAT
+        paths=paths,
+        status=status,
+        attempts=attempts,
+        mlflow_run=mlflow_run,
+        facts=facts,
+        last_step=last_step,
+        starts=starts,
+        digests=digests,
+        start_time=start_time,
+        format=format_ or FORMAT,
     )
 
 
@@ -223,7 +234,7 @@ def read_overrides(paths: RunPaths) -> list[str]:
         lines = paths.overrides.read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [line for line in lines if key_of(line) not in _ONE_START and MASK not in line]
+    return [line for line in lines if key_of(line) not in ONE_START and MASK not in line]
 
 
 def merge_overrides(before: list[str], given: list[str]) -> list[str]:
@@ -240,38 +251,3 @@ def merge_overrides(before: list[str], given: list[str]) -> list[str]:
     )
     kept = [o for o in before if key_of(o) not in keys and not key_of(o).startswith(groups)]
     return [*kept, *given]
-
-
-def compare(past: Past, plan: RunPlan, params: Mapping[str, str]) -> list[str]:
-    """Compare a run with the configuration that shall continue it.
-
-    Returns:
-        What else has changed, for the user to read.
-
-    Raises:
-        RestoreError: a key that decides what the run computes differs and `resume_allow` does not
-            name it, or the run is beyond the last step already.
-    """
-    if plan.total_steps < past.last_step:
-        raise RestoreError(
-            f"resuming {past.name}: it has made {past.last_step:,} steps, the plan ends at "
-            f"{plan.total_steps:,}; raise train.steps or train.epochs"
-        )
-    before = past.facts.get("facts", {}).get("params", {})
-    changed = {
-        key: f"{key}={value} was {before[key]}"
-        for key, value in params.items()
-        if key in before and before[key] != value and key not in _ONE_START
-    }
-    refused = [
-        line
-        for key, line in changed.items()
-        if key in _SAME_RUN and key not in plan.config.resume_allow
-    ]
-    if refused:
-        names = ",".join(line.split("=")[0] for line in refused)
-        raise RestoreError(
-            f"resuming {past.name} with other settings: {'; '.join(refused)}. They decide which "
-            f"examples each step sees; resume with the old ones, or say resume_allow=[{names}]"
-        )
-    return [f"since the run was started: {line}" for line in changed.values()]

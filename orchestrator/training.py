@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 
+from orchestrator.changes import compare_data
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.inline_group import InlineGroup
 from orchestrator.control.supervisor import Supervisor
@@ -30,6 +31,7 @@ from orchestrator.spec.config import flatten
 from orchestrator.spec.describe import experiment_name
 from orchestrator.spec.messages import (
     BlockDone,
+    DataUsed,
     Message,
     Outcome,
     is_kept,
@@ -135,6 +137,10 @@ class Training:
         return self._supervisor.run()
 
     def _observe(self, message: Message) -> None:
+        if isinstance(message, DataUsed) and self._past is not None:
+            said = compare_data(self._past, message, self._plan.config.resume_allow)
+            if said:
+                self._screen.notice(said)
         if is_kept(message):
             self._record.add(to_record(message))
         if isinstance(message, BlockDone) and message.worker == 0:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.changes import compare_data, compare_settings
 from orchestrator.errors import ConfigError, RestoreError, StorageError
 from orchestrator.runs import (
     Past,
-    compare,
     create_run,
     find_run,
     look_again,
@@ -24,6 +24,7 @@ from orchestrator.runs import (
     read_overrides,
 )
 from orchestrator.spec.config import flatten
+from orchestrator.spec.messages import DataUsed
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.facts import FORMAT
 from orchestrator.track.journal import Journal, read
@@ -135,6 +136,32 @@ def test_a_run_is_compared_with_its_first_start(tmp_path: Path) -> None:
     first, second = ({**STARTED, "facts": {"params": {"train.seed": seed}}} for seed in "12")
     past = look_back(write_run(tmp_path, "a", first, second), read)
     assert past.facts["facts"]["params"] == {"train.seed": "1"}
+
+
+def data_used(split: str, digest: str) -> dict[str, Any]:
+    return {"kind": "DataUsed", "split": split, "digest": digest}
+
+
+def test_the_last_step_is_the_chiefs(tmp_path: Path) -> None:
+    # The driver was killed when only another worker had told of the block.
+    other = {**block(8, 4), "worker": 1}
+    assert look_back(write_run(tmp_path, "a", STARTED, block(0, 8), other), read).last_step == 8
+
+
+def test_other_data_of_the_same_size_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+    told = [data_used("train", "0" * 64), data_used("eval", "1" * 64), data_used("train", "2" * 64)]
+    past = look_back(write_run(tmp_path, "a", STARTED, *told), read)
+    fields: dict[str, Any] = {"worker": 0, "attempt": 2, "time": 0.0, "name": "mnist"}
+    fields |= {"source": "data", "num_examples": 8, "features": {}}
+    for split, digest in (("train", "2" * 64), ("eval", "1" * 64), ("test", "7" * 64)):
+        assert compare_data(past, DataUsed(split=split, digest=digest, **fields), []) == ""
+    other = DataUsed(split="train", digest="3" * 64, **fields)
+    with pytest.raises(RestoreError) as refused:
+        compare_data(past, other, ["train.seed"])
+    text = str(refused.value)
+    assert "train data mnist has the digest 333333333333, was 222222222222" in text
+    assert "data.path" in text and "resume_allow=[data.digest]" in text
+    assert "333333333333" in compare_data(past, other, ["data.digest"])
 
 
 # Which run is meant.
@@ -311,7 +338,7 @@ def past_of(folder: Path, last_step: int = 8, **changes: Any) -> Past:
 
 def compared(past: Past, folder: Path, **changes: Any) -> list[str]:
     plan = tiny_plan(folder, **changes)
-    return compare(past, plan, flatten(plan.config))
+    return compare_settings(past, plan, flatten(plan.config))
 
 
 def test_a_run_continued_as_it_was_gives_no_notice(tmp_path: Path) -> None:
