@@ -124,6 +124,9 @@ class Training:
             else:
                 self._screen.keep(cause)
                 raise
+        except Exception as error:
+            cause = f"the driver failed: {mask_text(repr(error))}"
+            raise
         finally:
             report = self._end(status, cause)
             self._stops.hand_over(lambda reason: True)  # it is leaving already
