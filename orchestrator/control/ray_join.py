@@ -10,7 +10,9 @@ import re
 import socket
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -51,10 +53,19 @@ def join(config: ClusterConfig) -> Host:
         with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
             stage(Path(folder), None)
             _join(config.address or "auto", upload=folder)
-    nodes = [node for node in nodes if may_hold_workers(node, config)] or nodes
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
-    gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
-    return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(gpus, default=0))
+    return common_size([node for node in nodes if may_hold_workers(node, config)] or nodes)
+
+
+def common_size(nodes: Sequence[Mapping[str, Any]]) -> Host:
+    """Return what each node offers that would train: those with GPUs, if any has some.
+
+    A head has often none, and would else put every worker on its CPU.
+
+    Args:
+        nodes: as Ray tells of them.
+    """
+    cpus, gpus = ([int(n["Resources"].get(kind, 0)) for n in nodes] for kind in ("CPU", "GPU"))
+    return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(filter(None, gpus), default=0))
 
 
 def leave() -> None:

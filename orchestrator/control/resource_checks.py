@@ -155,14 +155,25 @@ def gpus(survey: Survey) -> Iterator[str | Finding]:
         there = f"{len(node.gpus)} x {node.gpus[0].name}" if node.gpus else "none"
         yield f"{node.host}: {there}"
         asked = plan.devices_per_worker if plan.device_kind == "GPU" else 0
-        if asked > len(node.gpus) and survey.workers_on(node):
+        num_workers = survey.workers_on(node)
+        if asked * num_workers > len(node.gpus):
+            most = len(node.gpus) // num_workers
             yield Finding(
                 f"{node.where} has {len(node.gpus)} GPU(s) by nvidia-smi",
-                f"a worker there is to have {asked}",
-                f"set strategy.devices_per_worker to at most {len(node.gpus)}"
-                if node.gpus
-                else "look at the NVIDIA driver there, or take nodes with GPUs",
+                f"{num_workers} worker(s) there are to have {asked} each",
+                f"set strategy.devices_per_worker to at most {most}"
+                if most
+                else "look at the NVIDIA driver there, or take nodes with more GPUs",
                 ClusterError,
+            )
+        if node.gpus and plan.device_kind == "CPU":
+            yield Finding(
+                f"{node.where} has {there}, the plan is for CPUs",
+                "they would not be used",
+                "see CUDA_VISIBLE_DEVICES"
+                if survey.is_local
+                else "start Ray there with `ray start --num-gpus=N`, or keep CPU workers off it "
+                "with cluster.node_labels",
             )
         if node.gpus and node.is_cpu_build:
             yield Finding(

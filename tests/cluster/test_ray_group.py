@@ -21,9 +21,10 @@ from orchestrator.control.ray_checks import (
     version_differences,
 )
 from orchestrator.control.ray_errors import why_lost
-from orchestrator.control.ray_join import _why_not_joined
+from orchestrator.control.ray_join import _why_not_joined, common_size
 from orchestrator.control.ray_nodes import _answers, count_room, has_labels, wanted_labels
 from orchestrator.errors import ClusterError, ExitCode
+from orchestrator.spec.plan import Host
 from orchestrator.spec.schema import Placement, StrategyName
 from tests.plans import tiny_plan
 
@@ -61,6 +62,18 @@ def test_failures_to_join_are_told_apart(raised: str, chatter: str, told: str) -
     error = _why_not_joined("10.0.0.1:6379", RuntimeError(raised), chatter)
     assert told in str(error) and "10.0.0.1:6379" in str(error)
     assert error.exit_code is ExitCode.CLUSTER_FAILED
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [((0, 8, 4), 4), ((8, 8), 8), ((0, 0), 0), ((), 0)],
+    ids=["cpu-head", "alike", "none", "nobody"],
+)
+def test_a_node_without_gpus_does_not_keep_workers_off_those_that_have_some(
+    gpus: tuple[int, ...], expected: int
+) -> None:
+    nodes = [{"Resources": {"CPU": 4.0} | ({"GPU": float(n)} if n else {})} for n in gpus]
+    assert common_size(nodes) == Host(num_cpus=4 if gpus else 1, num_gpus=expected)
 
 
 def test_an_agent_that_rays_memory_monitor_ended_is_told_with_its_figures() -> None:

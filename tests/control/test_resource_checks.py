@@ -153,6 +153,23 @@ def test_fewer_gpus_than_asked_are_told_with_both_figures(tmp_path: Path) -> Non
     assert "4" in found.why and "strategy.devices_per_worker to at most 2" in found.mend
 
 
+def test_workers_of_a_node_are_counted_together_against_its_gpus(tmp_path: Path) -> None:
+    two = on_gpus(tmp_path, *[H100] * 4, asked="4", ray_gpus=8)
+    there = two.nodes[0].node_id
+    two = dataclasses.replace(two, places={0: there, 1: there})
+    found = findings(gpus, two)[0]
+    assert found.error is not None and "has 4 GPU(s) by nvidia-smi" in found.seen
+    assert found.why == "2 worker(s) there are to have 4 each"
+    assert "strategy.devices_per_worker to at most 2" in found.mend
+
+
+def test_gpus_that_a_plan_for_cpus_leaves_idle_are_said(tmp_path: Path) -> None:
+    told = survey(tmp_path, node(1), node(2, gpus=(H100,), is_cpu_build=False))
+    seen = [finding.seen for finding in findings(gpus, told)]
+    assert seen[0] == "host-2 (10.0.0.2) has 1 x NVIDIA H100, the plan is for CPUs"
+    assert "Ray was told of 0" in seen[1]
+
+
 def test_a_busy_gpu_is_said(tmp_path: Path) -> None:
     busy = dataclasses.replace(H100, used_bytes=60 * GIB, busy_fraction=0.97)
     found = notice(gpus, on_gpus(tmp_path, busy))
