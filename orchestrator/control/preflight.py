@@ -15,7 +15,6 @@ from orchestrator.errors import (
     ClusterError,
     ConfigError,
     OrchestratorError,
-    PlanError,
     StorageError,
 )
 from orchestrator.spec.memory import bytes_text
@@ -149,20 +148,6 @@ def _data_path_exists(plan: RunPlan) -> Finding | None:
     )
 
 
-def _network_is_trusted(plan: RunPlan) -> Finding | None:
-    cluster = plan.config.cluster
-    beyond_loopback = cluster.name is ClusterName.existing and plan.num_workers > 1
-    if not beyond_loopback or cluster.trusted_network:
-        return None
-    return Finding(
-        f"{plan.num_workers} workers on an existing cluster talk through TensorFlow's own ports "
-        f"({cluster.port_range})",
-        "these have no authentication and let anyone who reaches them run code",
-        "if the network is closed to others, say so with cluster.trusted_network=true",
-        PlanError,
-    )
-
-
 def _token_is_private(plan: RunPlan) -> Finding | None:
     """Look at the file that Ray takes the cluster's token from."""
     path = token_file(os.environ)
@@ -253,7 +238,6 @@ CHECKS: list[Check] = [
     Check("run folder", _folder_keeps_promises),
     Check("disk", _disk_has_space),
     Check("data path", _data_path_exists),
-    Check("trusted network", _network_is_trusted),
     Check("token", _token_is_private),
     Check("umask", _new_files_are_private),
     Check("shared memory", _shared_memory_is_large),

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from orchestrator.spec.schema import ClusterName, RunConfig
+from orchestrator.spec.schema import ClusterName, RunConfig, StrategyName
 
 _LABEL = re.compile(r"[\w.\-/]+")
 _LABEL_RULE = re.compile(r"!?[\w.\-]+|!?in\([\w.\-]+(, *[\w.\-]+)*\)")
@@ -24,6 +24,14 @@ def placement_rules(config: RunConfig) -> Iterator[str]:
                     f"cluster.{key}={value} with cluster={cluster.name.value}: there is nothing to "
                     "choose from; it belongs to cluster=existing"
                 )
+    elif config.strategy.name is StrategyName.multi_worker and not cluster.trusted_network:
+        # One worker, too: TensorFlow's server is started for any TF_CONFIG.
+        yield (
+            f"strategy=multi_worker with cluster=existing: TensorFlow opens a port of "
+            f"cluster.port_range={cluster.port_range} for each worker, which has no "
+            "authentication and lets anyone who reaches it run code; if the network is closed to "
+            "others, say so with cluster.trusted_network=true"
+        )
     for label, rule in cluster.node_labels.items():
         if not (_LABEL.fullmatch(label) and _LABEL_RULE.fullmatch(str(rule))):
             yield (

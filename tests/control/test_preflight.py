@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from orchestrator.control.preflight import run_checks, small_shared_memory
-from orchestrator.errors import ClusterError, ConfigError, PlanError, StorageError
+from orchestrator.errors import ClusterError, ConfigError, StorageError
 from orchestrator.spec.config import list_group, load_config
 from orchestrator.spec.plan import Host, RunPlan, make_plan
-from orchestrator.spec.schema import ClusterName, StrategyName
+from orchestrator.spec.schema import ClusterName
 from tests.plans import tiny_plan
 
 ON_A_CLUSTER = {"cluster__name": ClusterName.existing}
-TWO_WORKERS = {"strategy__name": StrategyName.multi_worker, "strategy__num_workers": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -80,28 +79,6 @@ def test_data_that_is_there_passes(tmp_path: Path) -> None:
 
 def test_data_on_the_nodes_of_a_cluster_need_not_be_here(tmp_path: Path) -> None:
     run_checks(plan_with_folder(tmp_path, data__path="missing", **ON_A_CLUSTER))
-
-
-def test_workers_of_a_cluster_talk_over_a_trusted_network_only(tmp_path: Path) -> None:
-    plan = plan_with_folder(tmp_path, **ON_A_CLUSTER, **TWO_WORKERS)
-    with pytest.raises(PlanError) as refusal:
-        run_checks(plan)
-    assert "20000-20999" in str(refusal.value)
-    assert "cluster.trusted_network=true" in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({**ON_A_CLUSTER, **TWO_WORKERS, "cluster__trusted_network": True}, id="said"),
-        pytest.param(ON_A_CLUSTER, id="one worker"),
-        pytest.param(TWO_WORKERS, id="one host"),
-    ],
-)
-def test_a_network_that_is_trusted_or_not_used_passes(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    run_checks(plan_with_folder(tmp_path, **changes))
 
 
 def test_all_refusals_are_told_together_as_the_first_ones_kind(tmp_path: Path) -> None:

@@ -119,6 +119,19 @@ def test_a_value_at_the_edge_is_accepted(override: str) -> None:
     load_config(["job=mnist", override])
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cluster=existing", "strategy=mirrored"],
+        ["cluster=existing", "strategy=multi_worker", "cluster.trusted_network=true"],
+        ["cluster=local", "strategy=multi_worker"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_a_network_that_is_trusted_or_not_used_is_accepted(overrides: list[str]) -> None:
+    load_config(["job=mnist", *overrides])
+
+
 def test_one_worker_of_multi_worker_is_accepted() -> None:
     config = load_config(["job=mnist", "strategy=multi_worker", "strategy.num_workers=1"])
     assert config.strategy.num_workers == 1
@@ -297,6 +310,10 @@ def test_a_mistake_is_told_with_value_rule_and_key(
         (
             ["strategy=multi_worker", "cluster=inline"],
             ("cluster=inline", "strategy=multi_worker", "cluster=local", "strategy=mirrored"),
+        ),
+        (
+            ["cluster=existing", "strategy=multi_worker", "strategy.num_workers=1"],
+            ("cluster.port_range=20000-20999", "run code", "cluster.trusted_network=true"),
         ),
         (
             ["strategy=one_device", "strategy.devices_per_worker=2"],
