@@ -18,13 +18,14 @@ from typing import Any
 
 from orchestrator.control import launcher
 from orchestrator.control.addresses import interface_addresses, routed_address
+from orchestrator.control.code import code_digest
 from orchestrator.control.launcher import Child, Launch
 from orchestrator.control.sampler import Sampler
 from orchestrator.control.worker_process import WorkerProcess
 from orchestrator.errors import StartFailed
 from orchestrator.spec.messages import NO_ATTEMPT, Message, Request
 
-_PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy")
+_PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy", "mlflow")
 _WATCH_INTERVAL_S = 0.2
 _IMPORT_TIMEOUT_S = 60.0
 _PROOF = Path(__file__).resolve().parents[1] / "track" / "mlflow_model.py"
@@ -80,25 +81,24 @@ class Agent:
         self._last_heard = time.monotonic()
         threading.Thread(target=self._fence, name="fence", daemon=True).start()
 
-    def describe_node(self) -> dict[str, Any]:
+    def describe_node(self, with_project: bool = False) -> dict[str, Any]:
         """Return what `describe_here` tells about the agent's node."""
-        return self.describe_here()
+        return self.describe_here(with_project)
 
     @staticmethod
-    def describe_here() -> dict[str, Any]:
-        """Return this node's name, addresses, versions and assigned GPUs."""
-        found = {}
-        for package in _PACKAGES:
-            try:
-                found[package.removesuffix("-cpu")] = version(package)
-            except PackageNotFoundError:
-                continue
+    def describe_here(with_project: bool = False) -> dict[str, Any]:
+        """Return this node's name, addresses, versions and assigned GPUs.
+
+        Args:
+            with_project: tell a digest of the project's code, too; else it is empty.
+        """
         return {
             "host": socket.gethostname(),
             "ip": routed_address(),
             "interfaces": interface_addresses(),
             "python": platform.python_version(),
-            "packages": found,
+            "packages": _packages(),
+            "project": code_digest() if with_project else "",
             "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         }
 
@@ -280,6 +280,22 @@ class Agent:
                     f"was ended by its agent: the driver was silent for {silence:.0f} s "
                     "(cluster.driver_silence_s)"
                 )
+
+
+def _packages() -> dict[str, str]:
+    """Return the versions of the packages that nodes must share.
+
+    `tensorflow-cpu` counts as `tensorflow`; where both are, which one is imported is not known.
+    """
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if "tensorflow" not in found and "tensorflow-cpu" in found:
+        found = {"tensorflow": found.pop("tensorflow-cpu"), **found}
+    return found
 
 
 def _own_paths(first: list[str]) -> tuple[str, ...]:

@@ -25,6 +25,12 @@ def versions(survey: Survey) -> Iterator[str | Finding]:
     own = survey.own.versions
     yield ", ".join(f"{name} {version}" for name, version in own.items())
     for node in survey.nodes:
+        if "tensorflow-cpu" in node.versions:
+            yield Finding(
+                f"{node.where} has both tensorflow and tensorflow-cpu installed",
+                "the files of one lie over those of the other; it may train on the CPU",
+                "make setup there, in a new environment",
+            )
         different = [
             f"{name} {node.versions.get(name, 'is missing')}, here {own.get(name, 'is missing')}"
             for name in sorted(own | node.versions)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import resource
 import shutil
@@ -22,7 +21,6 @@ from orchestrator.control.addresses import interface_addresses
 from orchestrator.control.agent import Agent
 from orchestrator.spec.memory import MemoryLimit, memory_limit
 
-_PACKAGE_DIR = Path(__file__).resolve().parents[1]
 _NVIDIA_TIMEOUT_S = 5.0
 _NVIDIA_QUERY = "index,name,memory.total,memory.used,utilization.gpu"
 _MIB = 2**20
@@ -60,7 +58,8 @@ class NodeFacts:
         addresses: all its addresses, by interface.
         resolves_to: the address that its own host name resolves to; empty if it does not.
         node_id: Ray's name of it; empty without Ray.
-        versions: of Python and of the packages that compute, and a digest of the project's code.
+        versions: of Python and of the packages that compute, and a digest of the project's code;
+            `tensorflow-cpu` stands there only beside `tensorflow`.
         is_cpu_build: whether the TensorFlow here is the one without GPUs.
         ray_gpus: GPUs that Ray was told of.
         gpus: those that are there.
@@ -120,7 +119,7 @@ def look(
         node_id: Ray's name of the node.
         ray_gpus: GPUs that Ray was told of.
     """
-    told = Agent.describe_here()
+    told = Agent.describe_here(with_project=True)
     addresses = interface_addresses()
     if chosen is not None:
         ip = addresses.get(chosen, ip)
@@ -132,7 +131,7 @@ def look(
         addresses=addresses,
         resolves_to=_resolved(told["host"]),
         node_id=node_id,
-        versions={"Python": told["python"], **told["packages"], "project": code_digest()},
+        versions={"Python": told["python"], **told["packages"], "project": told["project"]},
         is_cpu_build=_is_installed("tensorflow-cpu"),
         ray_gpus=ray_gpus,
         gpus=gpus(),
@@ -148,15 +147,6 @@ def look(
         auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
         told_at=time.time(),
     )
-
-
-def code_digest() -> str:
-    """Return a digest of the project's own code, as it is imported here."""
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE_DIR.rglob("*.py")):
-        digest.update(path.relative_to(_PACKAGE_DIR).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def gpus() -> tuple[Gpu, ...]:

@@ -14,14 +14,15 @@ from orchestrator.spec.messages import Message
 class RayAgent(Agent):
     """An agent that tells its clock with all it heard, and its node's address as Ray knows it."""
 
-    def describe_node(self) -> dict[str, Any]:
+    def describe_node(self, with_project: bool = False) -> dict[str, Any]:
         """Return what `describe_here` tells, with `node_id`, and `ip` as Ray was told it.
 
         The nodes of a cluster reach each other by the addresses that they were started with;
         routing may know another one, or none at all.
         """
         known = {"ip": ray.util.get_node_ip_address()}
-        return self.describe_here() | known | {"node_id": ray.get_runtime_context().get_node_id()}
+        known["node_id"] = ray.get_runtime_context().get_node_id()
+        return self.describe_here(with_project) | known
 
     def clocks(self) -> tuple[float, float]:
         """Return this process's monotonic clock and the host's Unix time; the driver lives."""

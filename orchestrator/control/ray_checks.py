@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.control.addresses import chosen_address
 from orchestrator.errors import ClusterError, StartFailed
 
-_SAME_EVERYWHERE = ("tensorflow", "keras", "ray", "numpy")
+_SAME_EVERYWHERE = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy", "mlflow")
 # Records carry the time of the host they were made on: with more, their order is a wrong one.
 _CLOCK_TOLERANCE_S = 2.0
 
@@ -32,7 +32,8 @@ def check_nodes(
         raise ClusterError(
             "the nodes do not run what the driver runs:\n  "
             + "\n  ".join(sorted(differences))
-            + "\ninstall the same requirements/*.lock everywhere"
+            + "\ninstall the same requirements/*.lock everywhere, and with "
+            "cluster.code=installed the same checkout of the project"
         )
     if len({node.get("node_id") for node in nodes}) < 2:
         return
@@ -67,8 +68,9 @@ def version_differences(own: dict[str, Any], node: dict[str, Any]) -> list[str]:
     for package in _SAME_EVERYWHERE:
         mine, theirs = own["packages"].get(package), node["packages"].get(package)
         pairs.append((package, mine, theirs))
+    pairs.append(("project", own["project"], node["project"]))
     return [
-        f"{node['host']}: {name} {theirs or 'is missing'}, here {mine}"
+        f"{node['host']}: {name} {theirs or 'is missing'}, here {mine or 'is none'}"
         for name, mine, theirs in pairs
         if mine != theirs
     ]

@@ -41,7 +41,7 @@ from orchestrator.spec.messages import (
     Request,
 )
 from orchestrator.spec.plan import RunPlan
-from orchestrator.spec.schema import ClusterConfig, ClusterName, StrategyName
+from orchestrator.spec.schema import ClusterConfig, ClusterName, Code, StrategyName
 
 Timed = Callable[[str], AbstractContextManager[Any]]
 
@@ -270,12 +270,14 @@ class RayGroup:
         return Seat(worker, actor)
 
     def _describe_nodes(self) -> None:
+        # Elsewhere the nodes see this checkout, or were brought a copy of it.
+        with_project = not self._is_local and self._config.code is Code.installed
         nodes = self._get(
-            {seat.worker: seat.actor.describe_node.remote() for seat in self._ordered}
+            {s.worker: s.actor.describe_node.remote(with_project) for s in self._ordered}
         )
         for seat, node in zip(self._ordered, nodes, strict=True):
             seat.node = node
-        own = Agent.describe_here()
+        own = Agent.describe_here(with_project)
         try:
             check_nodes(own, nodes, self._config.interface)
         except ClusterError as error:

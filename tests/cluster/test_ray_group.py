@@ -36,13 +36,24 @@ def test_a_node_like_the_driver_differs_in_nothing() -> None:
 
 def test_a_missing_package_and_another_python_are_named_with_the_node() -> None:
     here = Agent.describe_here()
-    packages = {name: version for name, version in here["packages"].items() if name != "keras"}
+    gone = ("keras", "mlflow")
+    packages = {name: version for name, version in here["packages"].items() if name not in gone}
     node = {**here, "host": "host-2", "python": "3.12.1", "packages": packages}
     keras = here["packages"]["keras"]
     assert version_differences(here, node) == [
         f"host-2: Python 3.12.1, here {here['python']}",
         f"host-2: keras is missing, here {keras}",
+        f"host-2: mlflow is missing, here {here['packages']['mlflow']}",
     ]
+
+
+def test_another_project_on_a_node_is_refused_and_how_to_mend_it() -> None:
+    here = Agent.describe_here(with_project=True)
+    older = {**here, "host": "host-2", "node_id": "b", "project": "ba9876543210"}
+    with pytest.raises(ClusterError) as refused:
+        check_nodes(here, [here | {"node_id": "a"}, older])
+    assert f"host-2: project ba9876543210, here {here['project']}" in str(refused.value)
+    assert "the same checkout" in str(refused.value)
 
 
 @pytest.mark.parametrize(

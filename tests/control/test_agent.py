@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from orchestrator.control.agent import Agent
+from orchestrator.control.code import code_digest
 from orchestrator.control.folders import prepare
 from orchestrator.control.launcher import Zygote
 from orchestrator.control.worker_process import (
@@ -412,9 +413,33 @@ def test_a_node_is_described_with_the_versions_that_must_agree() -> None:
     node = Agent.describe_here()
     assert node["host"] == socket.gethostname()
     assert node["python"] == platform.python_version()
-    assert node["packages"].keys() == {"tensorflow", "keras", "ray", "numpy"}
+    assert node["packages"].keys() == {"tensorflow", "keras", "ray", "numpy", "mlflow"}
     assert node["packages"]["numpy"] == version("numpy")
     socket.inet_aton(node["ip"])
+
+
+def test_two_tensorflows_on_a_node_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("tensorflow", "tensorflow_cpu"):
+        info = tmp_path / f"{package}-2.20.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: {package.replace('_', '-')}\nVersion: 2.20.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    packages = Agent.describe_here()["packages"]
+    assert (packages["tensorflow"], packages["tensorflow-cpu"]) == ("2.20.0", "2.20.0")
+
+
+def test_the_projects_digest_covers_its_jobs(tmp_path: Path) -> None:
+    digests = []
+    for number, text in enumerate(("rate = 1", "rate = 2")):
+        project = tmp_path / str(number)
+        (project / "jobs").mkdir(parents=True)
+        (project / "jobs" / "mnist.py").write_text(text)
+        digests.append(code_digest(project))
+    assert digests[0] != digests[1]
+    assert Agent.describe_here(with_project=True)["project"] == code_digest()
+    assert Agent.describe_here()["project"] == ""
 
 
 @pytest.mark.parametrize(

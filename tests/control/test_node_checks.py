@@ -71,6 +71,12 @@ def test_a_package_that_a_node_lacks_is_named(tmp_path: Path) -> None:
     assert "tensorflow is missing, here 2.21.0" in found.seen
 
 
+def test_two_tensorflows_on_a_node_are_named(tmp_path: Path) -> None:
+    both = {**VERSIONS, "tensorflow-cpu": "2.21.0"}
+    two = changed(survey(tmp_path, node(1, versions=both)), own=node(0, versions=both))
+    assert "both tensorflow and tensorflow-cpu" in notice(versions, two).seen
+
+
 @pytest.mark.parametrize(("told", "text"), [(105.0, "5.0 s ahead of"), (97.0, "3.0 s behind")])
 def test_a_clock_that_is_off_is_told_with_the_figure(
     told: float, text: str, tmp_path: Path
