@@ -87,7 +87,7 @@ class Agent:
 
     @staticmethod
     def describe_here(with_project: bool = False) -> dict[str, Any]:
-        """Return this node's name, addresses, versions and assigned GPUs.
+        """Return this node's name, addresses, versions, assigned GPUs and Ray's authentication.
 
         Args:
             with_project: tell a digest of the project's code, too; else it is empty.
@@ -99,6 +99,7 @@ class Agent:
             "python": platform.python_version(),
             "packages": _packages(),
             "project": code_digest() if with_project else "",
+            "auth_mode": os.environ.get("RAY_AUTH_MODE", "").lower(),
             "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         }
 

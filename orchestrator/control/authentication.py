@@ -68,8 +68,13 @@ def refuse_open_cluster(address: str) -> None:
             f"no Ray job server at cluster.address={address}: {reason}; start Ray there with "
             "`ray start --head`, or name another address"
         ) from error
-    raise ClusterError(
-        f"the cluster at {address} asks nobody for a token: whoever reaches it runs code there. "
-        "Start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node "
-        "(docs/security.md), or say cluster.allow_unauthenticated=true"
+    raise open_to_anybody(f"the cluster at {address}")
+
+
+def open_to_anybody(where: str) -> ClusterError:
+    """Return what a Ray that asks for no token is refused with."""
+    return ClusterError(
+        f"{where} asks nobody for a token: whoever reaches it runs code there. Start Ray with "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node (docs/security.md), or say "
+        "cluster.allow_unauthenticated=true"
     )

@@ -9,7 +9,7 @@ from orchestrator.control.addresses import missing_interface
 from orchestrator.control.links import Link
 from orchestrator.control.preflight import Finding
 from orchestrator.control.survey import Judge, Survey
-from orchestrator.errors import ClusterError, PlanError, StorageError
+from orchestrator.errors import ClusterError, StorageError
 from orchestrator.spec.schema import StrategyName
 
 # Records carry the time of the host they were made on: with more, their order is a wrong one.
@@ -225,7 +225,7 @@ def open_to_others(survey: Survey) -> Iterator[str | Finding]:
 
 
 def authentication(survey: Survey) -> Iterator[str | Finding]:
-    """Refuse a cluster that lets anybody in."""
+    """Refuse a cluster that lets anybody in, unless that is said to be meant."""
     if survey.is_local:
         yield "a token of its own for the run's Ray"
         return
@@ -238,8 +238,9 @@ def authentication(survey: Survey) -> Iterator[str | Finding]:
     yield Finding(
         f"Ray on {', '.join(node.where for node in open_nodes)} asks for no token{also}",
         "whoever reaches its ports runs code on every node",
-        "start it there with RAY_AUTH_MODE=token and the token's file in RAY_AUTH_TOKEN_PATH",
-        PlanError,
+        "start it there with RAY_AUTH_MODE=token and the token's file in RAY_AUTH_TOKEN_PATH, or "
+        "say cluster.allow_unauthenticated=true",
+        None if survey.plan.config.cluster.allow_unauthenticated else ClusterError,
     )
 
 

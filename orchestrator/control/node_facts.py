@@ -144,7 +144,7 @@ def look(
         listening=tuple(Port(*port) for port in sorted(_beyond_loopback(listening).items()))[
             :_MOST_LISTENING
         ],
-        auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
+        auth_mode=told["auth_mode"],
         told_at=time.time(),
     )
 

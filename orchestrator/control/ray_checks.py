@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.control.addresses import chosen_address
+from orchestrator.control.authentication import open_to_anybody
 from orchestrator.errors import ClusterError, StartFailed
 
 _SAME_EVERYWHERE = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy", "mlflow")
@@ -60,6 +61,20 @@ def unfit(error: ClusterError, own: dict[str, Any], nodes: Sequence[dict[str, An
     unlike = (worker for worker, node in enumerate(nodes) if version_differences(own, node))
     failed.worker = next(unlike, None)
     return failed
+
+
+def check_authentication(nodes: Sequence[dict[str, Any]]) -> None:
+    """Refuse a cluster that lets anybody in.
+
+    Args:
+        nodes: what the agents tell of theirs; each has the environment of its node's Ray.
+
+    Raises:
+        ClusterError: a node's Ray asks for no token.
+    """
+    hosts = sorted({node["host"] for node in nodes if node["auth_mode"] != "token"})
+    if hosts:
+        raise open_to_anybody(f"Ray on {', '.join(hosts)}")
 
 
 def version_differences(own: dict[str, Any], node: dict[str, Any]) -> list[str]:

@@ -21,7 +21,12 @@ from orchestrator.control.launcher import Zygote
 from orchestrator.control.policy import Room
 from orchestrator.control.ray_agents import Agents
 from orchestrator.control.ray_answers import answers
-from orchestrator.control.ray_checks import check_nodes, clock_warning, unfit
+from orchestrator.control.ray_checks import (
+    check_authentication,
+    check_nodes,
+    clock_warning,
+    unfit,
+)
 from orchestrator.control.ray_join import join, join_kept
 from orchestrator.control.ray_listener import Drained, Listener, Lost, Seat
 from orchestrator.control.ray_lost import Fences, death_of, told_to_leave
@@ -277,6 +282,8 @@ class RayGroup:
         )
         for seat, node in zip(self._ordered, nodes, strict=True):
             seat.node = node
+        if not (self._is_local or self._config.allow_unauthenticated):
+            check_authentication(nodes)
         own = Agent.describe_here(with_project)
         try:
             check_nodes(own, nodes, self._config.interface)

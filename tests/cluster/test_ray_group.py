@@ -15,6 +15,7 @@ from orchestrator.control.addresses import chosen_address
 from orchestrator.control.agent import Agent
 from orchestrator.control.policy import Room
 from orchestrator.control.ray_checks import (
+    check_authentication,
     check_nodes,
     clock_warning,
     unfit,
@@ -100,6 +101,15 @@ def test_an_agent_that_rays_memory_monitor_ended_is_told_with_its_figures() -> N
 
 def test_another_loss_is_told_as_ray_tells_it() -> None:
     assert why_lost(RayError("The actor died.\nand much more")) == "The actor died."
+
+
+def test_a_node_whose_ray_asks_for_no_token_is_refused_with_the_key() -> None:
+    here = Agent.describe_here()
+    asks = here | {"host": "host-1", "auth_mode": "token"}
+    check_authentication([asks])
+    with pytest.raises(ClusterError, match="Ray on host-2 asks nobody for a token") as refused:
+        check_authentication([asks, here | {"host": "host-2", "auth_mode": ""}])
+    assert "cluster.allow_unauthenticated=true" in str(refused.value)
 
 
 def test_a_node_known_by_loopback_is_refused_beside_others_and_fine_alone() -> None:

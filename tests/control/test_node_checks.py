@@ -191,3 +191,9 @@ def test_a_cluster_that_asks_for_no_token_is_a_problem(tmp_path: Path) -> None:
     found = problem(authentication, survey(tmp_path, head, node(2)))
     assert "Ray on host-1 (10.0.0.1) asks for no token, and its dashboard is open on" in found.seen
     assert "RAY_AUTH_MODE=token" in found.mend
+    assert "cluster.allow_unauthenticated=true" in found.mend
+
+
+def test_a_cluster_that_may_ask_for_no_token_is_only_said_to_be_open(tmp_path: Path) -> None:
+    plan = tiny_plan(tmp_path, **TWO_WORKERS, cluster__allow_unauthenticated=True)
+    notice(authentication, survey(tmp_path, node(1, auth_mode=""), node(2), plan=plan))
