@@ -145,12 +145,15 @@ def _train(overrides: list[str], config_dir: Path | None) -> int:
 def _plan(overrides: list[str], config_dir: Path | None) -> int:
     from orchestrator.spec.config import load_config
     from orchestrator.spec.describe import describe
-    from orchestrator.spec.host import local_host
+    from orchestrator.spec.host import NOT_ASKED, expected_host
     from orchestrator.spec.plan import make_plan
+    from orchestrator.spec.schema import ClusterName
 
     config = load_config(overrides, config_dir)
     name = config.run_name or "<run>"
-    print(describe(make_plan(config, run=name, host=local_host(), cwd=Path.cwd())), end="")
+    print(describe(make_plan(config, run=name, host=expected_host(config), cwd=Path.cwd())), end="")
+    if config.cluster.name is ClusterName.existing:
+        print(f"hint: {NOT_ASKED}")
     return int(ExitCode.DONE)
 
 

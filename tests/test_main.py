@@ -120,6 +120,16 @@ def test_plan_shows_the_name_that_a_run_will_have(
     assert f"{folder}/runs/mnist/first\n" in capsys.readouterr().out
 
 
+def test_plan_takes_a_cluster_that_it_does_not_ask_to_have_what_is_asked_of_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight = ("cluster=existing", "strategy=multi_worker", "strategy.devices_per_worker=8")
+    assert main(["plan", "job=mnist", *eight, "cluster.trusted_network=true"]) == 0
+    out, _ = capsys.readouterr()
+    assert "2 workers x 8 GPUs = 16 replicas" in out
+    assert out.splitlines()[-1].startswith("hint: the cluster was not asked")
+
+
 def test_plan_refuses_what_cannot_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
     # One example for two replicas.
     text = refused(

@@ -27,11 +27,18 @@ from orchestrator.control.survey import Survey
 from orchestrator.doctor.duration import expected_duration
 from orchestrator.doctor.report import Report
 from orchestrator.driver import clean_environment
-from orchestrator.errors import ClusterError, ConfigError, ExitCode, StorageError, interruptions
+from orchestrator.errors import (
+    ClusterError,
+    ConfigError,
+    ExitCode,
+    PlanError,
+    StorageError,
+    interruptions,
+)
 from orchestrator.signals import Stops
 from orchestrator.spec.config import flatten, load_config
 from orchestrator.spec.describe import headline
-from orchestrator.spec.host import local_host
+from orchestrator.spec.host import expected_host
 from orchestrator.spec.plan import Host, RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.secrets import mask_text
@@ -78,7 +85,12 @@ def _doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCod
         pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="doctor"))
         host, unreached = _reach(config, stack)
         run = f"doctor-{secrets.token_hex(4)}"
-        plan = make_plan(config, run=run, host=host, cwd=cwd)
+        try:
+            plan = make_plan(config, run=run, host=host, cwd=cwd)
+        except PlanError as error:
+            if unreached is None:
+                raise
+            raise ClusterError(f"{unreached.text}\n{error}") from error
         tracking = pool.submit(_tracking, plan)
         print(f"doctor {config.job.name}: {headline(plan)[1]}", flush=True)
         missing = stack.enter_context(_run_folder(plan.paths.root))
@@ -106,7 +118,7 @@ def _doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCod
 def _reach(config: RunConfig, stack: ExitStack) -> tuple[Host, Finding | None]:
     """Join the cluster there is, if one is asked for; return its nodes' size, or what hinders."""
     if config.cluster.name is not ClusterName.existing:
-        return local_host(), None
+        return expected_host(config), None
     from orchestrator.control.ray_join import join, leave
 
     try:
@@ -118,7 +130,7 @@ def _reach(config: RunConfig, stack: ExitStack) -> tuple[Host, Finding | None]:
             "mend it, then ask again",
             ClusterError,
         )
-        return local_host(), finding
+        return expected_host(config), finding
     stack.callback(leave)
     return host, None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 _KIB = 1024
 
 
@@ -35,21 +35,21 @@ def memory_of(pid: int | str = "self", proc: Path = Path("/proc")) -> Memory | N
 
 
 def memory_limit(
-    pid: int | str = "self", proc: Path = Path("/proc"), cgroups: Path = _CGROUPS
+    pid: int | str = "self", proc: Path = Path("/proc"), cgroups: Path = CGROUPS
 ) -> MemoryLimit | None:
     """Return the smallest limit that holds for a process: of its cgroups, or what the host has."""
     total = _numbers(proc / "meminfo").get("MemTotal:")
     found = None if total is None else MemoryLimit(_KIB * total, "of this host")
-    for folder in _folders(pid, proc, cgroups):
+    for folder in cgroup_folders(pid, proc, cgroups, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
-            text = _text(folder / name).strip()
+            text = text_of(folder / name).strip()
             if text.isdigit() and (found is None or int(text) < found.num_bytes):
                 found = MemoryLimit(int(text), f"of its cgroup ({folder / name})")
     return found
 
 
 def oom_kills(
-    pid: int | str = "self", proc: Path = Path("/proc"), cgroups: Path = _CGROUPS
+    pid: int | str = "self", proc: Path = Path("/proc"), cgroups: Path = CGROUPS
 ) -> dict[Path, int]:
     """Return the counters that grow when the kernel kills a process like this for want of memory.
 
@@ -57,7 +57,7 @@ def oom_kills(
     cgroups can be told only while it lives; `still_counted` reads the same counters later.
     """
     files = [proc / "vmstat"]
-    for folder in _folders(pid, proc, cgroups):
+    for folder in cgroup_folders(pid, proc, cgroups, "memory"):
         files += [folder / "memory.events", folder / "memory.oom_control"]
     return still_counted(files)
 
@@ -77,16 +77,17 @@ def bytes_text(num_bytes: int) -> str:
     return f"{num_bytes / 2**10:.0f} KiB"
 
 
-def _folders(pid: int | str, proc: Path, cgroups: Path) -> Iterator[Path]:
-    """Yield the folders of a process's memory cgroup and its parents, as far as they are seen.
+def cgroup_folders(pid: int | str, proc: Path, cgroups: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of a process's cgroup and its parents, as far as they are seen.
 
-    In a container the path may begin above what is mounted: then only the root is there.
+    Version 1 has a cgroup for each controller, such as `memory`, version 2 one for all. In a
+    container the path may begin above what is mounted: then only the root is there.
     """
-    for line in _text(proc / str(pid) / "cgroup").splitlines():
+    for line in text_of(proc / str(pid) / "cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if "memory" in controllers.split(","):
-            root = cgroups / "memory"
+        if controller in controllers.split(","):
+            root = cgroups / controller
         elif number == "0":
             root = cgroups
         else:
@@ -99,11 +100,12 @@ def _folders(pid: int | str, proc: Path, cgroups: Path) -> Iterator[Path]:
 
 def _numbers(path: Path) -> dict[str, int]:
     """Return the lines `name number …` of a file of the kernel."""
-    words = (line.split() for line in _text(path).splitlines())
+    words = (line.split() for line in text_of(path).splitlines())
     return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdigit()}
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Return what a file of the kernel says; nothing if it is not there."""
     try:
         return path.read_text(errors="replace")
     except OSError:
