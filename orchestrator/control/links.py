@@ -8,6 +8,7 @@ import socket
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _TOKEN_BYTES = 16
@@ -39,7 +40,11 @@ class Link:
 
 
 class Echo:
-    """Answers whoever knows its token, on a port of a range; a thread of this process."""
+    """Answers whoever knows its token, on a port of a range; a thread of this process.
+
+    The first and the last port of the range listen too, where they are free: a firewall may open a
+    part of it.
+    """
 
     def __init__(self, first: int, last: int):
         """Listen.
@@ -51,6 +56,10 @@ class Echo:
         self._server = _bound(first, last)
         self.port: int = self._server.getsockname()[1]
         self._server.listen(16)
+        self._ends = [end for number in {first, last} if (end := _free(number)) is not None]
+        for end in self._ends:
+            end.listen(16)
+        self.ends: tuple[int, ...] = tuple(sorted(end.getsockname()[1] for end in self._ends))
         threading.Thread(target=self._serve, name="echo", daemon=True).start()
 
     def close(self) -> None:
@@ -59,6 +68,8 @@ class Echo:
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
+        for end in self._ends:
+            end.close()
 
     def _serve(self) -> None:
         while True:
@@ -83,8 +94,24 @@ class Echo:
             connection.sendall(count.to_bytes(8, "big"))
 
 
-def measure(source: int, target: int, host: str, port: int, token: bytes) -> Link:
-    """Measure the way to a node's `Echo`; an unreachable one is a link with an error."""
+def measure(
+    source: int, target: int, host: str, port: int, token: bytes, ends: Sequence[int] = ()
+) -> Link:
+    """Measure the way to a node's `Echo`; an unreachable one is a link with an error.
+
+    Args:
+        source: index of this node.
+        target: index of the other.
+        host: its address.
+        port: of its echo.
+        token: what the echo wants to hear.
+        ends: ports that must take a connection, besides.
+    """
+    for end in ends:
+        try:
+            socket.create_connection((host, end), timeout=_DIAL_S).close()
+        except OSError as error:
+            return Link(source, target, error=f"port {end}: {_reason(error)}")
     try:
         with socket.create_connection((host, port), timeout=_DIAL_S) as connection:
             connection.settimeout(_PATIENCE_S)
@@ -105,7 +132,7 @@ def measure(source: int, target: int, host: str, port: int, token: bytes) -> Lin
             arrived = int.from_bytes(_received(connection, 8), "big")
             wall_s = time.perf_counter() - start
     except OSError as error:
-        return Link(source, target, error=error.strerror or str(error) or type(error).__name__)
+        return Link(source, target, error=f"port {port}: {_reason(error)}")
     return Link(source, target, statistics.median(trips), arrived / wall_s)
 
 
@@ -140,14 +167,24 @@ def _bound(first: int, last: int) -> socket.socket:
     ports = range(first, last + 1)
     begin = secrets.randbelow(len(ports))
     for port in [*ports[begin:], *ports[:begin]]:
-        server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            server.bind(("", port))
-        except OSError:
-            server.close()
-            continue
-        return server
+        if (server := _free(port)) is not None:
+            return server
     raise OSError(f"no free port in {first}-{last}")
+
+
+def _free(port: int) -> socket.socket | None:
+    """Return a socket bound to a port; None if it is taken."""
+    server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        server.bind(("", port))
+    except OSError:
+        server.close()
+        return None
+    return server
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
 
 
 def _received(connection: socket.socket, count: int) -> bytes:

@@ -52,15 +52,15 @@ class Scout:
         """Load the job's data here, and trace its model if that is wanted."""
         return rehearse(plan, with_model=with_model, limit_s=limit_s)
 
-    def open_echo(self, first: int, last: int) -> tuple[int, bytes]:
-        """Answer others on a port of a range; return it, and what they must say.
+    def open_echo(self, first: int, last: int) -> tuple[int, bytes, tuple[int, ...]]:
+        """Answer others on a port of a range; return it, what they must say, and the range's ends.
 
         Raises:
             OSError: every port is taken.
         """
         self.close_echo()
         self._echo = Echo(first, last)
-        return self._echo.port, self._echo.token
+        return self._echo.port, self._echo.token, self._echo.ends
 
     def close_echo(self) -> None:
         """Answer others no more."""
@@ -68,9 +68,11 @@ class Scout:
             self._echo.close()
             self._echo = None
 
-    def measure(self, source: int, target: int, host: str, port: int, token: bytes) -> Link:
-        """Measure the way to another node's echo."""
-        return links.measure(source, target, host, port, token)
+    def measure(
+        self, source: int, target: int, host: str, port: int, token: bytes, ends: tuple[int, ...]
+    ) -> Link:
+        """Measure the way to another node's echo, which listens at the range's ends, too."""
+        return links.measure(source, target, host, port, token, ends)
 
     def open_ports(self, host: str, ports: list[int]) -> list[int]:
         """Return which ports of another node take a connection from here."""

@@ -45,7 +45,15 @@ def test_an_echo_answers_nobody_without_its_token(echo: Echo) -> None:
 def test_an_echo_that_is_closed_is_a_way_with_an_error() -> None:
     echo = Echo(23000, 23099)
     echo.close()
-    assert measure(0, 1, LOOPBACK, echo.port, echo.token).error == "Connection refused"
+    refused = f"port {echo.port}: Connection refused"
+    assert measure(0, 1, LOOPBACK, echo.port, echo.token).error == refused
+
+
+def test_a_range_that_is_open_in_part_is_a_way_with_an_error(echo: Echo) -> None:
+    assert {23000, 23099} - {echo.port} <= set(echo.ends)
+    way = (0, 1, LOOPBACK, echo.port, echo.token)
+    assert measure(*way, echo.ends).error == ""
+    assert measure(*way, (*echo.ends, 1)).error == "port 1: Connection refused"
 
 
 def test_an_echo_without_a_free_port_says_so(held: int) -> None:
