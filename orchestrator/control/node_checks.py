@@ -68,6 +68,23 @@ def clocks(survey: Survey) -> Iterator[str | Finding]:
         yield f"within {max(largest, 0.1):.1f} s of the driver's"
 
 
+def variables(survey: Survey) -> Iterator[str | Finding]:
+    """Tell what nodes have in their environment; the driver's own is told with the rest of it."""
+    if survey.is_local:
+        return
+    for node in survey.nodes:
+        if not node.environment:
+            continue
+        is_proxy = any("proxy=" in text.lower() for text in node.environment)
+        yield Finding(
+            f"{node.where}: {', '.join(node.environment)}",
+            "its workers inherit it, and those of other nodes may not"
+            + ("; gRPC between nodes would go through a proxy" if is_proxy else ""),
+            "unset it there, and start Ray again, unless it is meant"
+            + ("; no_proxy there must name the nodes" if is_proxy else ""),
+        )
+
+
 def addresses(survey: Survey) -> Iterator[str | Finding]:
     """Tell which address and interface each node is known by, and refuse loopback."""
     if survey.is_local:
@@ -212,6 +229,8 @@ def open_to_others(survey: Survey) -> Iterator[str | Finding]:
             f"{survey.nodes[observer].host} reaches on {survey.nodes[node].where}: "
             f"{shown or 'nothing'}"
         )
+        if untried := survey.nodes[node].num_untried:
+            yield f"{untried} more ports are open on {survey.nodes[node].where} and were not tried"
     config = survey.plan.config
     if not survey.is_local:
         return
@@ -250,6 +269,7 @@ def _way(survey: Survey, link: Link) -> str:
 
 NODE_CHECKS: list[tuple[str, Judge]] = [
     ("versions", versions),
+    ("node variables", variables),
     ("clocks", clocks),
     ("addresses", addresses),
     ("shared folder", shared_folder),

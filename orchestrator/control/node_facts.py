@@ -19,6 +19,8 @@ import psutil
 
 from orchestrator.control.addresses import interface_addresses
 from orchestrator.control.agent import Agent
+from orchestrator.spec.environment import inspect_node
+from orchestrator.spec.host import local_host
 from orchestrator.spec.memory import MemoryLimit, memory_limit
 
 _NVIDIA_TIMEOUT_S = 5.0
@@ -63,13 +65,16 @@ class NodeFacts:
         is_cpu_build: whether the TensorFlow here is the one without GPUs.
         ray_gpus: GPUs that Ray was told of.
         gpus: those that are there.
+        num_cpus: cores that a process may use the time of.
         memory: how much a process may hold.
         free_memory_bytes: how much of it nobody holds.
         free_disk_bytes: on the disk of the run folder.
         shm_bytes: the size of /dev/shm; 0 if there is none.
         max_files: how many files a process may open.
         taken_ports: those of `cluster.port_range` that a worker would not get.
-        listening: ports that are open beyond loopback.
+        listening: ports that are open beyond loopback, not more than a neighbour tries.
+        num_untried: how many more are.
+        environment: variables that change what its workers do, as they stand there.
         auth_mode: of the Ray that runs here; empty if none was set.
         told_at: Unix time when all this was seen.
     """
@@ -84,6 +89,7 @@ class NodeFacts:
     is_cpu_build: bool
     ray_gpus: int = 0
     gpus: tuple[Gpu, ...] = ()
+    num_cpus: int
     memory: MemoryLimit | None
     free_memory_bytes: int
     free_disk_bytes: int
@@ -91,6 +97,8 @@ class NodeFacts:
     max_files: int
     taken_ports: tuple[Port, ...] = ()
     listening: tuple[Port, ...] = ()
+    num_untried: int = 0
+    environment: tuple[str, ...] = ()
     auth_mode: str = ""
     told_at: float
 
@@ -124,6 +132,7 @@ def look(
     if chosen is not None:
         ip = addresses.get(chosen, ip)
     listening = _listening()
+    beyond_loopback = tuple(Port(*p) for p in sorted(_beyond_loopback(listening).items()))
     return NodeFacts(
         host=told["host"],
         ip=ip,
@@ -135,15 +144,16 @@ def look(
         is_cpu_build=_is_installed("tensorflow-cpu"),
         ray_gpus=ray_gpus,
         gpus=gpus(),
+        num_cpus=local_host().num_cpus,
         memory=memory_limit(),
         free_memory_bytes=psutil.virtual_memory().available,
         free_disk_bytes=_free_disk(folder),
         shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
         max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         taken_ports=() if ports is None else taken_ports(*ports, listening=listening),
-        listening=tuple(Port(*port) for port in sorted(_beyond_loopback(listening).items()))[
-            :_MOST_LISTENING
-        ],
+        listening=beyond_loopback[:_MOST_LISTENING],
+        num_untried=max(0, len(beyond_loopback) - _MOST_LISTENING),
+        environment=tuple(inspect_node(os.environ)),
         auth_mode=told["auth_mode"],
         told_at=time.time(),
     )

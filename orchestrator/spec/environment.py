@@ -56,8 +56,7 @@ def inspect_for(
     if backend != "tensorflow":
         notices.append(f"KERAS_BACKEND={backend} is set and not honoured: TensorFlow trains here")
         changes["KERAS_BACKEND"] = "tensorflow"
-    nccl = sorted(name for name in environ if name.startswith("NCCL_"))
-    for name in ("XLA_FLAGS", "TF_XLA_FLAGS", *nccl, "CUDA_VISIBLE_DEVICES"):
+    for name in (*_honoured(environ), "CUDA_VISIBLE_DEVICES"):
         if environ.get(name):
             notices.append(f"{name}={environ[name]} is set and honoured")
     if any(environ.get(name) for name in _PROXIES):
@@ -66,3 +65,19 @@ def inspect_for(
             notices.append("a proxy is set: loopback is taken out of it (no_proxy)")
             changes["no_proxy"] = changes["NO_PROXY"] = ",".join(filter(None, [known, _LOOPBACK]))
     return notices, changes
+
+
+def inspect_node(environ: Mapping[str, str]) -> list[str]:
+    """Return, as `NAME=VALUE`, what changes how a node's workers compute, or reach each other.
+
+    Args:
+        environ: the environment that the node's Ray was started with.
+    """
+    names = [name for name in (*_honoured(environ), *_PROXIES) if environ.get(name)]
+    return [f"{name}={mask_text(environ[name])}" for name in names]
+
+
+def _honoured(environ: Mapping[str, str]) -> list[str]:
+    """Return the names of variables that compilers and collectives read, set or not."""
+    nccl = sorted(name for name in environ if name.startswith("NCCL_"))
+    return ["XLA_FLAGS", "TF_XLA_FLAGS", *nccl]

@@ -35,6 +35,7 @@ def node(number: int, **changes: Any) -> NodeFacts:
         "node_id": f"{number:032x}",
         "versions": VERSIONS,
         "is_cpu_build": True,
+        "num_cpus": 16,
         "memory": MemoryLimit(16 * GIB, "of this host"),
         "free_memory_bytes": 12 * GIB,
         "free_disk_bytes": 100 * GIB,

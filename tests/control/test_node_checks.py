@@ -17,6 +17,7 @@ from orchestrator.control.node_checks import (
     open_to_others,
     ports,
     shared_folder,
+    variables,
     versions,
 )
 from orchestrator.control.node_facts import Port
@@ -184,6 +185,18 @@ def test_open_ports_are_told_as_another_node_found_them(tmp_path: Path) -> None:
     assert text == (
         "host-2 reaches on host-1 (10.0.0.1): 22 (sshd (pid 1)), 6379 (gcs_server (pid 9))"
     )
+
+
+def test_open_ports_beyond_those_tried_are_counted(tmp_path: Path) -> None:
+    many = survey(tmp_path, node(1, num_untried=7), node(2), exposed={0: (1, ())})
+    assert "7 more ports are open on host-1 (10.0.0.1) and were not" in said(open_to_others, many)
+
+
+def test_variables_of_a_node_are_told_with_the_node(tmp_path: Path) -> None:
+    told = ("XLA_FLAGS=--xla_gpu_autotune_level=0", "http_proxy=http://***@proxy:3128")
+    found = notice(variables, survey(tmp_path, node(1), node(2, environment=told)))
+    assert found.seen == f"host-2 (10.0.0.2): {', '.join(told)}"
+    assert "gRPC" in found.why and "no_proxy" in found.mend
 
 
 def test_a_cluster_that_asks_for_no_token_is_a_problem(tmp_path: Path) -> None:

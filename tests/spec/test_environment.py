@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.spec.environment import inspect_environment
+from orchestrator.spec.environment import inspect_environment, inspect_node
 from orchestrator.spec.schema import ClusterName
 from tests.plans import tiny_config
 
@@ -42,6 +42,11 @@ def test_what_changes_how_a_run_computes_is_said_with_its_value_and_honoured(nam
     notices, changes = inspect_environment({name: "some=value"}, tiny_config())
     assert notices == [f"{name}=some=value is set and honoured"]
     assert changes == {}
+
+
+def test_what_a_nodes_workers_inherit_is_told_without_its_secrets() -> None:
+    environ = {"NCCL_DEBUG": "INFO", "https_proxy": "http://me:word@proxy:1", "PATH": "/bin"}
+    assert inspect_node(environ) == ["NCCL_DEBUG=INFO", "https_proxy=http://***@proxy:1"]
 
 
 @pytest.mark.parametrize("cluster", [ClusterName.existing, ClusterName.inline])
