@@ -41,12 +41,12 @@ class RehearsalProcess:
         )
 
     def result(self, limit_s: float) -> Rehearsal:
-        """Wait for what it found; one that takes longer is ended, and that is its error."""
+        """Wait for what it found; one that takes longer is ended, and stays unfinished."""
         try:
             told, said = self._process.communicate(self._order, timeout=limit_s)
         except subprocess.TimeoutExpired:
             self.close()
-            return Rehearsal(error=f"it was not done within {limit_s:g} s")
+            return Rehearsal(error=f"not done within {limit_s:g} s", is_unfinished=True)
         try:
             return Rehearsal.from_plain(json.loads(told))
         except ValueError:

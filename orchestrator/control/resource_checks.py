@@ -57,6 +57,15 @@ def placement(survey: Survey) -> Iterator[str | Finding]:
             )
         if len(workers) > _SHOWN_WORKERS:
             yield f"and {len(workers) - _SHOWN_WORKERS} more workers on {host}"
+    for node in survey.nodes:
+        num_threads = survey.workers_on(node) * plan.cpus_per_worker
+        if num_threads > node.num_cpus:
+            yield Finding(
+                f"{node.where} has {node.num_cpus} CPU core(s) for {survey.workers_on(node)} "
+                f"worker(s) of {plan.cpus_per_worker} CPU thread(s)",
+                "they take turns, and every step waits for the last one",
+                "lower strategy.num_workers or cluster.cpus_per_worker",
+            )
 
 
 def data(survey: Survey) -> Iterator[str | Finding]:
@@ -67,7 +76,13 @@ def data(survey: Survey) -> Iterator[str | Finding]:
     for host, rehearsal in zip(hosts, survey.rehearsals, strict=False):
         for split in rehearsal.splits:
             digests[split.split][split.digest].append(host)
-        if rehearsal.error and not rehearsal.splits:
+        if rehearsal.is_unfinished:
+            yield Finding(
+                f"{host}: loading the data and tracing a step was {rehearsal.error}",
+                "whether they can be is not known; train waits for them",
+                "ask again: what was downloaded is kept",
+            )
+        elif rehearsal.error and not rehearsal.splits:
             yield Finding(
                 f"{host}: {_said(rehearsal.error, rehearsal.user_frame)}",
                 "its workers would fail before the first step",
@@ -94,13 +109,20 @@ def data(survey: Survey) -> Iterator[str | Finding]:
 
 
 def model(survey: Survey) -> Iterator[str | Finding]:
-    """Tell what the model is, or why it cannot be trained."""
+    """Tell what the model is, or why it cannot be trained, evaluated or exported."""
     for rehearsal in survey.rehearsals[:1]:
         if rehearsal.error and rehearsal.splits:
             yield Finding(
                 f"the job fails: {_said(rehearsal.error, rehearsal.user_frame)}",
                 "every worker would fail with it before the first step",
                 "mend it in the job's class",
+                JobError,
+            )
+        for trouble in rehearsal.troubles:
+            yield Finding(
+                f"{trouble.what} would fail: {_said(trouble.error, trouble.user_frame)}",
+                "the run would end there",
+                trouble.mend,
                 JobError,
             )
     footprint = survey.footprint

@@ -7,6 +7,7 @@ resource_checks.py; here it is gathered, in parallel where it takes time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
 import shutil
 import sys
@@ -32,6 +33,7 @@ from orchestrator.errors import (
     ConfigError,
     ExitCode,
     PlanError,
+    RestoreError,
     StorageError,
     interruptions,
 )
@@ -42,6 +44,7 @@ from orchestrator.spec.host import expected_host
 from orchestrator.spec.plan import Host, RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.secrets import mask_text
+from orchestrator.weights import find_weights
 
 _LOOPBACK = "127.0.0.1"
 # Data that has to be fetched first may take long: a start would wait for it as well.
@@ -91,6 +94,7 @@ def _doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCod
             if unreached is None:
                 raise
             raise ClusterError(f"{unreached.text}\n{error}") from error
+        plan, weights = _begin_with(plan, cwd)
         tracking = pool.submit(_tracking, plan)
         print(f"doctor {config.job.name}: {headline(plan)[1]}", flush=True)
         missing = stack.enter_context(_run_folder(plan.paths.root))
@@ -101,6 +105,10 @@ def _doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCod
         surveying = pool.submit(_survey, plan, alone)
         report.row("environment", map(_from_environment, environment))
         _cheap(report, plan, missing)
+        if config.run_name is not None:
+            report.row("run name", [_taken(plan.paths.root.parent / config.run_name)])
+        if weights is not None:
+            report.row("initial weights", [weights])
         report.row("duration", [expected_duration(plan, flatten(config))])
         report.row("upload", _upload(config, is_reached=is_reached))
         report.row("tracking", [mask_text(plan.tracking_uri), tracking.result()])
@@ -133,6 +141,33 @@ def _reach(config: RunConfig, stack: ExitStack) -> tuple[Host, Finding | None]:
         return expected_host(config), finding
     stack.callback(leave)
     return host, None
+
+
+def _begin_with(plan: RunPlan, cwd: Path) -> tuple[RunPlan, Finding | str | None]:
+    """Find the weights of `train.init_from`; return the plan with them, and what to say."""
+    try:
+        path = find_weights(plan.config, cwd)
+    except RestoreError as error:
+        finding = Finding(
+            str(error),
+            "the run would not begin",
+            "name weights that are there, or leave train.init_from out",
+            RestoreError,
+        )
+        return dataclasses.replace(plan, init_from=None), finding
+    return dataclasses.replace(plan, init_from=path), path
+
+
+def _taken(root: Path) -> Finding | str:
+    """Refuse the name of a run that exists."""
+    if not root.exists():
+        return root.name
+    return Finding(
+        f"run_name={root.name}: {root} exists already",
+        "a run has a folder of its own",
+        f"choose another name, or continue it with resume={root.name}",
+        ConfigError,
+    )
 
 
 @contextmanager

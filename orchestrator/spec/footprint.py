@@ -86,6 +86,23 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What would go wrong in a run besides its steps.
+
+    Attributes:
+        what: as a subject, such as `the evaluation`.
+        mend: the key to change, or where to look.
+        error: as a worker would tell it.
+        user_frame: where in the user's own code that was, if it was there.
+    """
+
+    what: str
+    mend: str
+    error: str
+    user_frame: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
     """What came of loading a job's data, and of building and tracing its model, in a process.
 
@@ -94,6 +111,8 @@ class Rehearsal:
         user_frame: where in the user's own code that was, if it was there.
         splits: those that were loaded.
         footprint: None where the model was not asked for, or not reached.
+        troubles: what was tried after that and failed: initial weights, evaluation, serving.
+        is_unfinished: whether it was ended because it took long; a run would have waited.
         wall_s: how long it took, the import of TensorFlow included.
     """
 
@@ -101,6 +120,8 @@ class Rehearsal:
     user_frame: str = ""
     splits: tuple[Split, ...] = ()
     footprint: Footprint | None = None
+    troubles: tuple[Trouble, ...] = ()
+    is_unfinished: bool = False
     wall_s: float = 0.0
 
     @property
@@ -121,5 +142,7 @@ class Rehearsal:
             user_frame=values["user_frame"],
             splits=tuple(Split(**split) for split in values["splits"]),
             footprint=None if footprint is None else Footprint(**footprint),
+            troubles=tuple(Trouble(**trouble) for trouble in values["troubles"]),
+            is_unfinished=values["is_unfinished"],
             wall_s=values["wall_s"],
         )

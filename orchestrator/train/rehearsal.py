@@ -1,4 +1,4 @@
-"""Loads a job's data, builds its model and traces one step of it, without making one.
+"""Loads a job's data, builds its model and traces what a run does with it, without doing it.
 
 Run as a process, with a pickled (RunPlan, whether the model is wanted) on standard input; the last
 thing it writes to standard output is a `Rehearsal` as JSON.
@@ -13,19 +13,25 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from orchestrator.spec.footprint import Footprint, Rehearsal
+from orchestrator.errors import JobError
+from orchestrator.spec.footprint import Footprint, Rehearsal, Trouble
 from orchestrator.spec.footprint import Split as FoundSplit
 from orchestrator.spec.plan import RunPlan, split_evenly
 from orchestrator.spec.schema import Precision
+from orchestrator.train.best import require_metric
 from orchestrator.train.checkpoint import named_variables
 from orchestrator.train.data import Shard, make_shards
+from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.freeze import freeze
+from orchestrator.train.initial import load_initial
+from orchestrator.train.inputs import Resident
 from orchestrator.train.job import Job, flatten_groups
 from orchestrator.train.liveness import peak_bytes
 from orchestrator.train.loading import checked_model, load_job, load_source
@@ -48,12 +54,12 @@ def main() -> int:
     answer = os.dup(1)
     os.dup2(2, 1)
     plan, with_model = pickle.load(sys.stdin.buffer)
-    found: dict[str, Any] = {"splits": []}
+    found: dict[str, Any] = {"splits": [], "troubles": []}
     try:
         _rehearse(plan, with_model, found)
     except BaseException as error:  # also what the user's code raises to leave
         found |= {"error": one_line(error), "user_frame": user_frame(error)}
-    found["splits"] = tuple(found["splits"])
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     rehearsal = Rehearsal(**found, wall_s=time.monotonic() - start)
     with os.fdopen(answer, "w") as file:
         json.dump(rehearsal.plain(), file)
@@ -70,10 +76,13 @@ def _rehearse(plan: RunPlan, with_model: bool, found: dict[str, Any]) -> None:
     job = load_job(plan)
     source = load_source(job, plan, Split.TRAIN)
     found["splits"].append(_described(Split.TRAIN, source))
-    if plan.eval_steps:
-        found["splits"].append(_described(Split.EVAL, load_source(job, plan, Split.EVAL)))
+    eval_source = load_source(job, plan, Split.EVAL) if plan.eval_steps else None
+    if eval_source is not None:
+        found["splits"].append(_described(Split.EVAL, eval_source))
     if with_model:
-        found["footprint"] = footprint(plan, job, source)
+        built = build(plan, job, source)
+        found["footprint"] = footprint(plan, job, source, built)
+        found["troubles"] += troubles(plan, job, source, eval_source, built)
 
 
 def _described(split: Split, source: Source) -> FoundSplit:
@@ -89,11 +98,19 @@ def _described(split: Split, source: Source) -> FoundSplit:
     )
 
 
-def footprint(plan: RunPlan, job: Job, source: Source) -> Footprint:
-    """Return what one replica of a job holds, from one trace of its largest share of a step.
+class Built(NamedTuple):
+    """A model and its optimizers, on the CPU."""
+
+    strategy: tf.distribute.Strategy
+    model: keras.Model
+    optimizers: Optimizers
+
+
+def build(plan: RunPlan, job: Job, source: Source) -> Built:
+    """Build a job's model and its optimizers as a run does.
 
     Raises:
-        JobError: the model cannot be trained, or its losses have the wrong form.
+        JobError: the model cannot be trained.
     """
     keras.utils.set_random_seed(plan.config.train.seed % 2**32)
     strategy = tf.distribute.OneDeviceStrategy(_DEVICE)
@@ -102,8 +119,18 @@ def footprint(plan: RunPlan, job: Job, source: Source) -> Footprint:
         if plan.config.train.freeze:
             freeze(job, model, plan.config.train.freeze)
         optimizers = Optimizers(plan, job.parameter_groups(model))
+    return Built(strategy, model, optimizers)
+
+
+def footprint(plan: RunPlan, job: Job, source: Source, built: Built) -> Footprint:
+    """Return what one replica of a job holds, from one trace of its largest share of a step.
+
+    Raises:
+        JobError: the losses have the wrong form.
+    """
+    model, optimizers = built.model, built.optimizers
     (shard,) = make_shards(plan.replica_batch_sizes, range(1))
-    step_bytes, is_lower_bound = _traced(plan, job, source, model, optimizers, shard, strategy)
+    step_bytes, is_lower_bound = _traced(plan, job, source, shard, built)
     state = [variable for section in optimizers.variables.values() for variable in section]
     return Footprint(
         num_parameters=model.count_params(),
@@ -121,13 +148,11 @@ def _traced(
     plan: RunPlan,
     job: Job,
     source: Source,
-    model: keras.Model,
-    optimizers: Optimizers,
     shard: Shard,
-    strategy: tf.distribute.Strategy,
+    built: Built,
 ) -> tuple[int, bool]:
     """Trace one replica's share of a step; return the bytes its tensors hold at a time."""
-    replicas = Replicas(plan, job, model, optimizers.groups, [shard])
+    replicas = Replicas(plan, job, built.model, built.optimizers.groups, [shard])
     scale = 1.0 / plan.config.train.global_batch_size
 
     def share(rows: dict[str, Any]) -> Any:
@@ -135,7 +160,7 @@ def _traced(
         return [tf.convert_to_tensor(gradient) for gradient in found.gradients], found.sums
 
     def step(rows: dict[str, Any]) -> Any:
-        return strategy.run(share, (rows,))
+        return built.strategy.run(share, (rows,))
 
     traced = tf.function(step, autograph=False).get_concrete_function(
         {
@@ -150,6 +175,86 @@ def _longest(source: Source, shape: Sequence[int | None]) -> list[int | None]:
     """Return a feature's shape, a free axis as long as it can be."""
     longest = source.buckets[-1] if source.buckets else None
     return [longest if size is None else size for size in shape]
+
+
+def troubles(
+    plan: RunPlan, job: Job, source: Source, eval_source: Source | None, built: Built
+) -> list[Trouble]:
+    """Return what would fail in a run whose steps can be made: before the first, or long after.
+
+    Args:
+        plan: of the run.
+        job: the user's.
+        source: of the training examples.
+        eval_source: of those for evaluation, if there is one.
+        built: the model; it has the weights of `plan.init_from` afterwards.
+    """
+    found: list[Trouble] = []
+
+    def attempt(what: str, mend: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:
+            known = {"error": one_line(error), "user_frame": user_frame(error)}
+            found.append(Trouble(what=what, mend=mend, **known))
+
+    init_from = plan.init_from
+    if init_from is not None:
+        attempt(
+            "taking the initial weights",
+            "name weights of such a model, or leave train.init_from out",
+            lambda: load_initial(Path(init_from), job, built.model),
+        )
+    if eval_source is not None:
+        attempt(
+            "the evaluation",
+            "mend best.metric, or the job's losses() and metrics(); data.num_eval_examples=0 "
+            "evaluates nothing",
+            lambda: _evaluate(plan, job, eval_source, built),
+        )
+    if plan.config.export.enabled:
+        attempt(
+            "the export",
+            "mend the job's serve(), or set export.enabled=false",
+            lambda: _serve(job, eval_source or source, built.model),
+        )
+    return found
+
+
+class _OnHost(Resident):
+    """Leaves a source's arrays where they are: a trace needs their shapes only."""
+
+    def __init__(self) -> None:
+        self.tables = None
+
+
+def _evaluate(plan: RunPlan, job: Job, source: Source, built: Built) -> None:
+    """Trace an evaluation.
+
+    Raises:
+        JobError: it has no metric `best.metric`.
+    """
+    evaluation = Evaluation(plan, job, built.model, built.strategy, range(1), source, _OnHost())
+    names = evaluation.metric_names()
+    if plan.config.best.metric is not None and names is not None:
+        require_metric(plan.config.best.metric, dict.fromkeys(names))
+
+
+def _serve(job: Job, source: Source, model: keras.Model) -> None:
+    """Trace what the exported model answers.
+
+    Raises:
+        JobError: it is not one tensor with an answer for each input.
+    """
+    feature = job.serving_input() or source.features["x"]
+    spec = tf.TensorSpec([None, *feature.shape], feature.dtype)
+    answers = (
+        tf.function(lambda inputs: job.serve(model, inputs), autograph=False)
+        .get_concrete_function(spec)
+        .structured_outputs
+    )
+    if not tf.is_tensor(answers) or answers.shape.rank == 0:
+        raise JobError(f"serve() gave {answers}: return one tensor, [batch, ...]")
 
 
 def _bytes(variables: Sequence[Any]) -> int:

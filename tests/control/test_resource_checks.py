@@ -20,6 +20,7 @@ from orchestrator.control.resource_checks import (
     placement,
 )
 from orchestrator.control.survey import Judge, Survey
+from orchestrator.spec.footprint import Rehearsal, Trouble
 from orchestrator.spec.memory import MemoryLimit
 from orchestrator.spec.schema import StrategyName
 from tests.control.surveys import (
@@ -74,6 +75,19 @@ def test_the_map_tells_each_replica_of_a_worker(tmp_path: Path) -> None:
     assert text == "worker 0 on host-0: 3 CPU, 6 + 5 + 5 examples a step, 1 CPU threads"
 
 
+def test_more_threads_than_a_host_has_cores_are_said(tmp_path: Path) -> None:
+    plan = tiny_plan(
+        tmp_path,
+        strategy__name=StrategyName.multi_worker,
+        strategy__num_workers=8,
+        cluster__cpus_per_worker=4,
+    )
+    here = node(1, num_cpus=16)
+    found = notice(placement, survey(tmp_path, here, plan=plan))
+    assert "has 16 CPU core(s) for 8 worker(s) of 4 CPU thread(s)" in found.seen
+    assert "cluster.cpus_per_worker" in found.mend
+
+
 def test_a_cluster_without_room_is_told_in_rays_words(tmp_path: Path) -> None:
     full = survey(tmp_path, unplaced="2 worker(s) of 8 CPU each do not fit", places={})
     assert "2 worker(s) of 8 CPU each do not fit" in problem(placement, full).seen
@@ -94,6 +108,19 @@ def test_data_that_a_node_cannot_read_is_told_with_the_node(tmp_path: Path) -> N
     both = (rehearsal(), rehearsal(splits=(), error=error, with_model=False))
     found = problem(data, survey(tmp_path, rehearsals=both))
     assert found.seen == f"host-2 (10.0.0.2): {error}"
+
+
+def test_data_that_takes_long_is_no_alarm(tmp_path: Path) -> None:
+    slow = Rehearsal(error="not done within 60 s", is_unfinished=True)
+    found = notice(data, survey(tmp_path, rehearsals=(slow, rehearsal(with_model=False))))
+    assert "not done within 60 s" in found.seen and "not known" in found.why
+    assert findings(model, survey(tmp_path, rehearsals=(slow, rehearsal()))) == []
+
+
+def test_what_fails_after_the_steps_is_told_with_its_key(tmp_path: Path) -> None:
+    trouble = Trouble(what="the export", mend="set export.enabled=false", error="no", user_frame="")
+    found = problem(model, survey(tmp_path, rehearsals=(rehearsal(troubles=(trouble,)),)))
+    assert found.seen == "the export would fail: no" and "export.enabled" in found.mend
 
 
 def test_other_data_on_a_node_is_told_with_both_digests(tmp_path: Path) -> None:

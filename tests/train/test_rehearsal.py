@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 
 from orchestrator.errors import JobError
-from orchestrator.spec.schema import OptimizerName
+from orchestrator.spec.schema import OptimizerName, StrategyName
 from orchestrator.train.job import translated
 from orchestrator.train.liveness import peak_bytes
-from orchestrator.train.rehearsal import footprint
+from orchestrator.train.rehearsal import build, footprint, troubles
 from orchestrator.train.sources import Split
 from tests.plans import tiny_plan
 from tests.train.tiny import Tiny
@@ -74,7 +74,8 @@ def test_an_unknown_size_makes_it_a_lower_bound() -> None:
 def test_the_footprint_of_a_dense_model_is_its_arithmetic(tmp_path: Path) -> None:
     plan = tiny_plan(tmp_path, optimizer__name=OptimizerName.adam)
     job = translated(Tiny())
-    found = footprint(plan, job, job.source(Split.TRAIN))
+    source = job.source(Split.TRAIN)
+    found = footprint(plan, job, source, build(plan, job, source))
     # 8 x 16 + 16 + 16 x 3 + 3 numbers; Adam has two more of each, and counts its updates.
     assert found.num_parameters == 195
     assert found.model_bytes == found.gradient_bytes == 195 * F
@@ -93,7 +94,7 @@ def test_micro_batches_hold_less(tmp_path: Path) -> None:
         tiny_plan(tmp_path, train__global_batch_size=96, train__micro_batches=parts)
         for parts in (1, 4)
     ]
-    whole, parts = (footprint(plan, job, source) for plan in plans)
+    whole, parts = (footprint(p, job, source, build(p, job, source)) for p in plans)
     assert parts.micro_batch_size == 24
     assert parts.activation_bytes < 0.6 * whole.activation_bytes
 
@@ -103,6 +104,62 @@ def test_a_loss_of_the_wrong_form_is_found_without_a_step(tmp_path: Path) -> Non
         def loss(self, batch: Any, outputs: Any) -> Any:
             return keras.ops.mean(super().loss(batch, outputs))
 
-    job = Mean()
+    job, plan = Mean(), tiny_plan(tmp_path)
+    source = job.source(Split.TRAIN)
     with pytest.raises(JobError, match="loss"):
-        footprint(tiny_plan(tmp_path), job, job.source(Split.TRAIN))
+        footprint(plan, job, source, build(plan, job, source))
+
+
+class Unserved(Tiny):
+    """Answers with more than one tensor."""
+
+    def serve(self, model: Any, inputs: Any) -> Any:
+        return {"classes": super().serve(model, inputs)}
+
+
+@pytest.mark.parametrize(
+    ("job", "changes", "told"),
+    [
+        (Tiny(), {}, []),
+        (
+            Tiny(),
+            {
+                "strategy__name": StrategyName.multi_worker,
+                "strategy__num_workers": 2,
+                "best__metric": "accuracy",
+            },
+            [],
+        ),
+        (
+            Tiny(),
+            {"best__metric": "acuracy"},
+            ["evaluation", "best.metric=acuracy"],
+        ),
+        (Unserved(), {}, ["the export", "serve() gave", "export.enabled"]),
+        (Unserved(), {"export__enabled": False}, []),
+        (Tiny(), {"train__init_from": "missing"}, ["initial weights", "train.init_from"]),
+    ],
+    ids=["sound", "several-workers", "metric", "serve", "not-served", "weights"],
+)
+def test_what_would_fail_besides_the_steps_is_found_without_one(
+    job: Tiny, changes: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    plan, job = tiny_plan(tmp_path, **changes), translated(job)
+    source, evaluated = job.source(Split.TRAIN), job.source(Split.EVAL)
+    found = troubles(plan, job, source, evaluated, build(plan, job, source))
+    text = "".join(f"{t.what} {t.error} {t.mend}" for t in found)
+    assert len(found) == bool(told) and [part for part in told if part not in text] == []
+
+
+def test_an_evaluation_that_fails_is_told_with_the_users_line(tmp_path: Path) -> None:
+    class Unevaluated(Tiny):
+        def prepare(self, batch: Any, *, training: bool, seeds: Any) -> Any:
+            if not training:
+                raise ValueError("the user's own words")
+            return batch
+
+    plan, job = tiny_plan(tmp_path, export__enabled=False), translated(Unevaluated())
+    source = job.source(Split.TRAIN)
+    (found,) = troubles(plan, job, source, job.source(Split.EVAL), build(plan, job, source))
+    assert found.what == "the evaluation" and "the user's own words" in found.error
+    assert "test_rehearsal.py" in found.user_frame
