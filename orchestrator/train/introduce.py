@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from orchestrator.spec.messages import DataUsed, Ready, WorkerOrder
+from orchestrator.spec.memory import bytes_text
+from orchestrator.spec.messages import DataUsed, Notice, Ready, WorkerOrder
 from orchestrator.spec.paths import RunPaths
 from orchestrator.train.report import Reporter
 from orchestrator.train.sources import Source, Split
 
 _SUMMARY_COLUMNS = 80
+# Displays and drivers hold some, too.
+_BUSY_MEMORY_FRACTION = 0.05
+_BUSY_FRACTION = 0.1
 
 
 def tell_data(reporter: Reporter, split: Split, source: Source) -> None:
@@ -69,6 +75,43 @@ def tell_ready(
         restored_from=order.restore_from,
         versions=versions(),
     )
+
+
+def tell_busy_gpus(order: WorkerOrder, reporter: Reporter) -> None:
+    """Say which of the worker's GPUs others hold; call before TensorFlow takes them."""
+    if order.plan.device_kind != "GPU":
+        return
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        found = busy_gpus(order.visible_gpus, nvml)
+    except Exception:  # without NVIDIA's library, or its permission, nothing is known
+        return
+    for text in found:
+        text = f"worker {order.worker} on {socket.gethostname()}: {text}"
+        reporter.log(text)
+        reporter.tell(Notice, text=text)
+
+
+def busy_gpus(visible: str, nvml: Any) -> list[str]:
+    """Return, in words, which of some GPUs are busy.
+
+    Args:
+        visible: the GPUs, as CUDA_VISIBLE_DEVICES names them.
+        nvml: NVIDIA's library, as the module `pynvml` offers it.
+    """
+    found = []
+    for name in filter(None, (part.strip() for part in visible.split(","))):
+        by_name = nvml.nvmlDeviceGetHandleByUUID
+        handle = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else by_name(name)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        busy_fraction = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+        if memory.used > _BUSY_MEMORY_FRACTION * memory.total or busy_fraction > _BUSY_FRACTION:
+            found.append(
+                f"GPU {name} is busy: {bytes_text(memory.used)} of {bytes_text(memory.total)} are "
+                f"held, {busy_fraction:.0%} of the time; nvidia-smi names the processes"
+            )
+    return found
 
 
 def nccl_settings(environ: Mapping[str, str]) -> str:

@@ -29,7 +29,7 @@ from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.freeze import freeze
 from orchestrator.train.guards import NanGuard
 from orchestrator.train.inputs import Resident
-from orchestrator.train.introduce import tell_data, versions
+from orchestrator.train.introduce import tell_busy_gpus, tell_data, versions
 from orchestrator.train.job import Job
 from orchestrator.train.loading import checked_model, load_job, load_source
 from orchestrator.train.loop import Parts
@@ -62,6 +62,7 @@ class Made:
 def make(order: WorkerOrder, reporter: Reporter) -> Made:
     """Take the devices, meet the other workers, open the data and build the model."""
     plan, is_chief = order.plan, order.worker == 0
+    tell_busy_gpus(order, reporter)
     devices = configure_devices(order)
     if plan.config.train.check_numerics:
         tf.debugging.enable_check_numerics()
