@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,11 @@ from orchestrator.spec.config import list_group
 from tests.cluster import rig
 from tests.cluster.conftest import Cluster
 from tests.cluster.rig import ROOT, Ended
+from tests.conftest import SESSION_VARIABLE
 from tests.hosts import Hosts, hosts_or_skip
+
+# Rows whose notices are about the machine that the tests run on.
+OF_THIS_MACHINE = ("umask", "shared memory", "open files", "home", "memory", "GPUs")
 
 
 def doctor(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> Ended:
@@ -68,9 +73,26 @@ def test_mistakes_on_a_cluster_are_all_told_in_one_go(ray_cluster: Cluster, tmp_
     assert list(tmp_path.iterdir()) == [token]
 
 
+def test_what_would_end_a_run_late_is_told_with_its_keys(tmp_path: Path) -> None:
+    taken = tmp_path / "runs" / "blobs" / "mine"
+    taken.mkdir(parents=True)
+    mistakes = ("best.metric=acuracy", "run_name=mine", "train.init_from=nobody")
+    ended = doctor(*mistakes, cwd=tmp_path)
+    assert ended.code == 1, ended.out
+    for found in ("best.metric=acuracy: the evaluation has no such metric", "train.init_from="):
+        assert found in ended.out
+    assert f"run_name=mine: {taken} exists already" in ended.out
+    for name in ("run name", "initial weights", "model"):
+        assert row(ended.out, name).startswith("PROBLEM"), ended.out
+
+
 @pytest.mark.thorough
 def test_a_cluster_that_is_not_there_is_told_with_all_else(tmp_path: Path) -> None:
-    ended = doctor("cluster=existing", "cluster.address=127.0.0.1:1", cwd=tmp_path)
+    # Whether its nodes have eight GPUs is not for this host to tell.
+    eight = ("strategy=multi_worker", "strategy.devices_per_worker=8")
+    trusted = "cluster.trusted_network=true"
+    gone = ("cluster=existing", "cluster.address=127.0.0.1:1", trusted)
+    ended = doctor(*gone, *eight, cwd=tmp_path)
     assert ended.code == 1, ended.out
     assert "nothing answers at cluster.address=127.0.0.1:1" in ended.out
     assert row(ended.out, "model").startswith("ok"), ended.out
@@ -81,9 +103,13 @@ def test_a_cluster_that_is_not_there_is_told_with_all_else(tmp_path: Path) -> No
 def test_a_shipped_job_gives_no_alarm(job: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "orchestrator", "doctor", f"job={job}"]
     here = [*command, f"data.cache_dir={ROOT / 'data'}"]
-    done = subprocess.run(here, cwd=tmp_path, capture_output=True, text=True, check=False)
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env = {**inherited, SESSION_VARIABLE: os.environ[SESSION_VARIABLE], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(here, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PROBLEM" not in done.stdout
+    noticed = [line[9:].rstrip() for line in done.stdout.splitlines() if line[:6] == "notice"]
+    assert [text for text in noticed if not text.startswith(OF_THIS_MACHINE)] == [], done.stdout
     print(done.stdout)
 
 

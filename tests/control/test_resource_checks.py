@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.control.gpu_checks import gpus
 from orchestrator.control.node_facts import Gpu, parse_gpus
 from orchestrator.control.resource_checks import (
     RESOURCE_CHECKS,
     answers,
     checkpoints,
     data,
-    gpus,
     limits,
     memory,
     model,
