@@ -69,5 +69,7 @@ fi
 echo "the driver ended with $code"
 case $code in
     6 | 7 | 75 | 137 | 143) scontrol requeue "$SLURM_JOB_ID" ;;
+    # A network file system may still keep the lock of a host that has died: some tries.
+    5) [ "${SLURM_RESTART_COUNT:-0}" -ge 10 ] || scontrol requeue "$SLURM_JOB_ID" ;;
 esac
 exit "$code"

@@ -150,7 +150,11 @@ def follow(client: Any, job: str) -> None:
     try:
         asyncio.run(tail())
     except Exception as error:
-        raise ClusterError(f"the job server tells no more of job {job}: {error}") from error
+        raise _gone(job, error) from error
+
+
+def _gone(job: str, error: Exception) -> ClusterError:
+    return ClusterError(f"the job server tells no more of job {job}: {error}")
 
 
 def print_log(client: Any, job: str) -> None:
@@ -159,21 +163,25 @@ def print_log(client: Any, job: str) -> None:
 
 
 def exit_code(client: Any, job: str) -> int:
-    """Return the exit code of a job's command, waiting for it a little.
+    """Return the exit code of a job's command, as a shell has it, waiting for it a little.
 
     Raises:
-        ClusterError: Ray did not run it, with the reason.
+        ClusterError: Ray did not run it, with the reason, or tells no more of it.
     """
     deadline = time.monotonic() + _SETTLE_S
-    while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    info = client.get_job_info(job)
+    try:
+        while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        info = client.get_job_info(job)
+    except Exception as error:
+        raise _gone(job, error) from error
     if info.status == JobStatus.SUCCEEDED:
         return int(ExitCode.DONE)
     if info.status == JobStatus.STOPPED:
         return int(ExitCode.INTERRUPTED)
-    if info.driver_exit_code:
-        return int(info.driver_exit_code)
+    if code := int(info.driver_exit_code or 0):
+        # Where `sh` replaces itself by the command, a signal that ends it is told below zero.
+        return code if code > 0 else 128 - code
     raise ClusterError(f"Ray job {job} is {info.status.value}: {info.message}")
 
 
@@ -216,9 +224,25 @@ def _forget(client: Any, job: str) -> None:
 
 def submitted(client: Any) -> list[Submitted]:
     """Return the trainings that were handed in, the newest first."""
-    jobs = [job for job in client.list_jobs() if RUNS_DIR in (job.metadata or {})]
-    jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
-    return [_submitted(client, job.submission_id, job.metadata) for job in jobs]
+    return [_submitted(client, one.submission_id, one.metadata) for one in _trainings(client)]
+
+
+def being_trained(client: Any, job: str, runs_dir: str) -> Submitted | None:
+    """Return what was handed in last of a job, by its name and folder; None if that has ended."""
+    for one in _trainings(client):
+        if (one.metadata[JOB], one.metadata[RUNS_DIR]) == (job, runs_dir):
+            is_over = one.status.is_terminal()
+            return None if is_over else _submitted(client, one.submission_id, one.metadata)
+    return None
+
+
+def _trainings(client: Any) -> list[Any]:
+    """Return what Ray knows of the trainings that were handed in, the newest first."""
+    try:
+        jobs = [job for job in client.list_jobs() if RUNS_DIR in (job.metadata or {})]
+    except Exception as error:
+        raise ClusterError(f"the job server lists no jobs: {error}") from error
+    return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
 
 
 def find(client: Any, run: str) -> Submitted:

@@ -23,6 +23,8 @@ from orchestrator.control.ray_jobs import (
     POLL_S,
     RUN,
     RUNS_DIR,
+    Submitted,
+    being_trained,
     command_line,
     connect,
     exit_code,
@@ -52,7 +54,8 @@ def submit(
 ) -> int:
     """Submit a training as a Ray job, show its output and wait for its end.
 
-    A signal leaves the job alone: it goes on.
+    A signal leaves the job alone: it goes on. With `resume=auto`, a job that still trains is
+    watched again: a loop that has lost sight of it neither disturbs it nor begins another run.
 
     Args:
         config: validated, with `cluster=existing` and the address of Ray's dashboard.
@@ -75,13 +78,18 @@ def submit(
     if not config.cluster.allow_unauthenticated:
         refuse_open_cluster(address)
     client = connect(address)
-    run = _run_name(config, new_name)
-    job = new_id(config.job.name)
+    again = _still_trained(client, config)
+    if again is not None:
+        job, run = again.job, again.name.rpartition("/")[2] or None
+        words = "is trained already and watched again; nothing is submitted"
+    else:
+        job, run, words = new_id(config.job.name), _run_name(config, new_name), ""
     with _Leaving() as leaving:
         try:
-            _send(client, job, config, overrides, config_dir, run)
+            if again is None:
+                _send(client, job, config, overrides, config_dir, run)
             name = f"run {config.job.name}/{run}" if run else f"resume={config.resume}"
-            print(f"job {job} at {address}: {name}", flush=True)
+            print(" ".join(filter(None, [f"job {job} at {address}: {name}", words])), flush=True)
             if detach:
                 _tell_how_to_look(address, _name(client, job, config, run))
                 return 0
@@ -94,6 +102,13 @@ def submit(
             _tell_how_to_look(address, f"{config.job.name}/{run}" if run else job)
             raise
     return exit_code(client, job)
+
+
+def _still_trained(client: Any, config: RunConfig) -> Submitted | None:
+    """Return the job that `resume=auto` would be refused for, if it came from here."""
+    if config.resume != "auto":
+        return None
+    return being_trained(client, config.job.name, config.runs_dir)
 
 
 class _Leaving:

@@ -150,6 +150,11 @@ def test_a_submitted_run_is_left_looked_at_and_stopped_from_elsewhere(
     assert f"run {name}" in ended.out and "not watched any more; the job goes on" in ended.out
     assert f'make runs args="stop {name} address={ray_cluster.dashboard}"' in ended.out
 
+    again = [*submit(ray_cluster, mlflow_server, tmp_path), "resume=auto", "detach=true"]
+    ended = rig.finish(rig.start("submit", *again, cwd=tmp_path, env=ray_cluster.env), tmp_path)
+    assert ended.code == 0, ended.out
+    assert f"run {name} is trained already and watched again; nothing is submitted" in ended.out
+
     told = ask(ray_cluster, tmp_path, "status", name)
     assert f"{name}: running since" in told and "worker 0" in told
     told = ask(ray_cluster, tmp_path, "logs", run.root.name)
