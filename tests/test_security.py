@@ -8,6 +8,8 @@ from __future__ import annotations
 import http.server
 import os
 import pickle
+import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import pytest
 
 from orchestrator.__main__ import main
 from orchestrator.control.authentication import refuse_open_cluster, refuse_open_token
-from orchestrator.control.upload import stage
+from orchestrator.control.upload import contents, importable, stage
 from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.spec.validate import validate
 from orchestrator.train import store
@@ -183,6 +185,7 @@ def test_an_upload_has_code_and_neither_histories_nor_data(tmp_path: Path) -> No
     kept = ("mine.py", "job/mine.yaml", "package/data/numbers.py", "readers/runs.py")
     left = (".git/HEAD", ".venv/bin/python", "data/train.npz", "runs/mine/a/journal.jsonl")
     left += ("package/.git/HEAD", "__pycache__/mine.pyc", ".mypy_cache/x", ".gitignore")
+    left += (".env", "job/.env", ".env.local", ".netrc")
     for name in (*kept, *left):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
         (own / name).write_text("x = 1\n")
@@ -197,11 +200,64 @@ def test_an_upload_has_code_and_neither_histories_nor_data(tmp_path: Path) -> No
     assert f"{own}: {len(staged)} files, " in str(upload)
 
 
-def test_an_upload_that_is_not_small_is_refused_with_what_is_large(tmp_path: Path) -> None:
+def test_an_upload_that_is_not_small_is_refused_with_what_is_large_and_nothing_copied(
+    tmp_path: Path,
+) -> None:
+    own, elsewhere, folder = tmp_path / "own", tmp_path / "elsewhere", tmp_path / "staged"
+    for made in (own, elsewhere, folder):
+        made.mkdir()
+    with (elsewhere / "weights.bin").open("wb") as file:
+        file.truncate(200_000_000_000)
+    (own / "checkpoints").symlink_to(elsewhere)
+    said = r"config_dir/checkpoints/weights.bin \(200000.0 MB\).*data.cache_dir"
+    for act in (lambda: stage(folder, own), lambda: contents(own)):
+        with pytest.raises(ConfigError, match=said):
+            act()
+    assert not list(folder.iterdir())
+
+
+def test_links_that_lead_nowhere_or_back_are_left_out_of_an_upload(tmp_path: Path) -> None:
+    own, folder = tmp_path / "own", tmp_path / "staged"
+    (own / "job").mkdir(parents=True)
+    folder.mkdir()
+    (own / "mine.py").write_text("x = 1\n")
+    (own / "yours.py").symlink_to(own / "mine.py")
+    (own / ".#mine.py").symlink_to("me@host.4711:1764300000")  # Emacs locks what it edits
+    (own / "job" / "up").symlink_to(own)
+    os.mkfifo(own / "pipe")
+    assert stage(folder, own).num_files == contents(own).num_files
+    staged = {path.name for path in (folder / "config_dir").rglob("*") if path.is_file()}
+    assert staged == {"mine.py", "yours.py"}
+
+
+def test_what_cannot_be_uploaded_is_named(tmp_path: Path) -> None:
     own, folder = tmp_path / "own", tmp_path / "staged"
     own.mkdir()
     folder.mkdir()
-    with (own / "weights.bin").open("wb") as file:
-        file.truncate(60_000_000)
-    with pytest.raises(ConfigError, match=r"config_dir/weights.bin \(60.0 MB\).*data.cache_dir"):
+    (own / "mine.py").symlink_to("/proc/self/mem")  # nobody can read its beginning
+    said = f"{own / 'mine.py'} cannot be uploaded: Input/output error; make it readable"
+    with pytest.raises(ConfigError, match=re.escape(said)):
         stage(folder, own)
+
+
+def test_the_users_modules_are_importable_from_where_they_were_uploaded(tmp_path: Path) -> None:
+    own, folder = tmp_path / "own", tmp_path / "staged"
+    own.mkdir()
+    folder.mkdir()
+    (own / "mine.py").write_text("print('mine is', __file__)\n")
+    stage(folder, own)
+    # As on a node that does not see the driver's folders.
+    command = (
+        "import sys; from orchestrator.control.upload import importable; "
+        "sys.path[:0] = importable(['/nowhere', '/nowhere/own']); import mine"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.stdout == f"mine is {folder}/config_dir/mine.py\n", ended.stderr
+    assert importable(["/nowhere"]) == ["/nowhere"]
