@@ -216,10 +216,10 @@ def _start_zygote(config: RunConfig, stack: ExitStack) -> Zygote | None:
     return zygote
 
 
-def _join_cluster(config: RunConfig) -> Host:
+def _join_cluster(config: RunConfig, tell: Callable[[str], None]) -> Host:
     from orchestrator.control.ray_join import join
 
-    return join(config.cluster)
+    return join(config.cluster, config.code_dirs, tell)
 
 
 def _settle(
@@ -228,7 +228,7 @@ def _settle(
     """Come to the cluster as far as plans need it: what is kept here, and what a node offers."""
     if config.cluster.name is ClusterName.existing:
         apply_ray_settings(config.cluster.name)
-        return None, _join_cluster(config)
+        return None, _join_cluster(config, notices.append)
     host = local_host()
     hold, told = hold_for(config, make_plan(config, run="checked", host=host, cwd=cwd))
     notices += told

@@ -21,6 +21,7 @@ from orchestrator.control.addresses import interface_addresses, routed_address
 from orchestrator.control.code import code_digest
 from orchestrator.control.launcher import Child, Launch
 from orchestrator.control.sampler import Sampler
+from orchestrator.control.upload import importable
 from orchestrator.control.worker_process import WorkerProcess
 from orchestrator.errors import StartFailed
 from orchestrator.spec.messages import NO_ATTEMPT, Message, Request
@@ -170,7 +171,7 @@ class Agent:
         launch = Launch(
             log=Path(log),
             stacks=Path(stacks),
-            sys_path=_own_paths(sys_path),
+            sys_path=_own_paths(importable(sys_path)),
             env=dict.fromkeys(("TF_CONFIG", "TF_USE_LEGACY_KERAS")),
             payload=order,
         )

@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from orchestrator.control.ray_start import (
     leave_out_serializers,
     signal_handlers_kept,
 )
-from orchestrator.control.upload import stage
+from orchestrator.control.upload import stage, users_dir
 from orchestrator.errors import ClusterError
 from orchestrator.spec.plan import Host
 from orchestrator.spec.schema import ClusterConfig, Code
@@ -33,10 +33,21 @@ from orchestrator.spec.schema import ClusterConfig, Code
 _CONNECT_TIMEOUT_S = 5.0
 
 
-def join(config: ClusterConfig) -> Host:
+def join(
+    config: ClusterConfig,
+    code_dirs: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> Host:
     """Join an existing Ray cluster and tell what each of its nodes offers.
 
+    Args:
+        config: how to reach it.
+        code_dirs: where the job's code lies, this project first; uploaded where other nodes do not
+            see it. Nothing for who only wants to know the size.
+        tell: takes what was uploaded, in one line.
+
     Raises:
+        ConfigError: the user's own folder cannot be uploaded.
         ClusterError: nothing answers at the address, the token is missing or wrong, or the cluster
             runs another version of Ray or Python.
     """
@@ -47,11 +58,11 @@ def join(config: ClusterConfig) -> Host:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     others = [node for node in nodes if node["NodeManagerAddress"] not in _own_addresses()]
     is_uploaded = "RAY_JOB_ID" in os.environ or config.code is Code.installed or has_upload()
-    if others and not is_uploaded:
+    if others and code_dirs and not is_uploaded:
         # Other nodes do not see this checkout; a submitted job has brought its own upload.
         ray.shutdown()
         with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
-            stage(Path(folder), None)
+            tell(f"upload {stage(Path(folder), users_dir(code_dirs))}")
             _join(config.address or "auto", upload=folder)
     return common_size([node for node in nodes if may_hold_workers(node, config)] or nodes)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from orchestrator.control.launcher import TENSORFLOW_ENV
+from orchestrator.control.upload import importable
 from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.footprint import Rehearsal
 from orchestrator.spec.plan import RunPlan
@@ -72,7 +73,8 @@ def rehearse(plan: RunPlan, *, with_model: bool, limit_s: float) -> Rehearsal:
 
 def _environment(plan: RunPlan) -> dict[str, str]:
     inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    paths = dict.fromkeys([*plan.config.code_dirs, str(PROJECT_DIR), *inherited, *sys.path[1:]])
+    own = importable(plan.config.code_dirs)
+    paths = dict.fromkeys([*own, str(PROJECT_DIR), *inherited, *sys.path[1:]])
     env = {name: value for name, value in os.environ.items() if name not in _UNSET}
     env |= {**TENSORFLOW_ENV, "CUDA_VISIBLE_DEVICES": "-1"}
     return env | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

@@ -68,6 +68,11 @@ def contents(config_dir: Path | None) -> Upload:
     return _measure(config_dir)[1]
 
 
+def users_dir(code_dirs: Sequence[str]) -> Path | None:
+    """Return the user's own folder of those that a job's code is imported from, if there is one."""
+    return Path(code_dirs[1]) if len(code_dirs) > 1 else None
+
+
 def importable(code_dirs: Sequence[str]) -> list[str]:
     """Return where a job's code is found on this host, also where it was uploaded.
 

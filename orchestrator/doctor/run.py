@@ -11,7 +11,6 @@ import dataclasses
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,7 +129,7 @@ def _reach(config: RunConfig, stack: ExitStack) -> tuple[Host, Finding | None]:
     from orchestrator.control.ray_join import join, leave
 
     try:
-        host = join(config.cluster)
+        host = join(config.cluster, config.code_dirs)
     except ClusterError as error:
         finding = Finding(
             str(error),
@@ -253,12 +252,11 @@ def _upload(config: RunConfig, *, is_reached: bool) -> list[str | Finding]:
     if not is_reached:
         return ["unknown: no cluster was reached"]
     from orchestrator.control.ray_join import has_upload
-    from orchestrator.control.upload import stage
+    from orchestrator.control.upload import contents, users_dir
 
     if not has_upload():
         return ["nothing: the nodes see this checkout, or it was brought by the job"]
-    with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
-        return [str(stage(Path(folder), None))]
+    return [str(contents(users_dir(config.code_dirs)))]
 
 
 def _from_environment(notice: str) -> Finding:
