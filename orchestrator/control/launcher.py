@@ -199,7 +199,7 @@ def fork(socket_path: Path, launch: Launch, fds: tuple[int, ...] = ()) -> Child:
     except (OSError, ValueError) as error:
         raise StartFailed(f"the zygote at {socket_path} does not answer: {error}") from error
     if "error" in answer:
-        raise StartFailed(f"TensorFlow cannot be imported:\n{answer['error']}")
+        raise StartFailed(answer["error"])
     return Child(answer["pid"], connection=connection)
 
 

@@ -6,8 +6,8 @@ child drops what little of the project the zygote needed, so changed code is pic
 
 Protocol, on a Unix socket, one connection a child: the client sends two lengths (with the child's
 pipe ends attached as SCM_RIGHTS), a JSON header and a payload; the zygote answers one JSON line
-with the pid, and one with the wait status when the child has ended. A client that hangs up takes
-its child with it.
+with the pid, and one with the wait status when the child has ended; or one with an error. A client
+that hangs up takes its child with it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from orchestrator.spec.channel import receive_request, unpack_request
 
 _REQUEST_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
+_MORE_ROOM = "raise the limit on processes (`ulimit -u`, a container's pids.max) or on memory there"
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +72,7 @@ def _import_tensorflow() -> str:
         _ = (keras.Model, keras.optimizers.Adam, tf.distribute.MultiWorkerMirroredStrategy)
         _ = (tf.saved_model.save, tf.raw_ops.SaveV2, tf.train.load_checkpoint)
     except Exception:
-        return traceback.format_exc()
+        return f"TensorFlow cannot be imported:\n{traceback.format_exc()}"
     return ""
 
 
@@ -143,7 +144,13 @@ class _Zygote:
     def _fork(
         self, connection: socket.socket, header: dict[str, Any], payload: bytes, fds: list[int]
     ) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # the children of others go on
+            why = f"no process can be made on {socket.gethostname()}: {error.strerror}"
+            _answer(connection, {"error": f"{why}; {_MORE_ROOM}"})
+            connection.close()
+            return
         if pid == 0:
             try:
                 self._forget()

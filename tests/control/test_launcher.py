@@ -215,6 +215,51 @@ def test_a_zygote_that_does_not_answer_is_named(tmp_path: Path) -> None:
         fork(path, launch(tmp_path, "pass"))
 
 
+SMALL_ZYGOTE = """
+import os, resource, signal, socket, sys
+import pkgutil, threading  # a child may not be allowed to read them
+from orchestrator.train.zygote import _Zygote
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+listener.bind(sys.argv[1])
+listener.listen()
+if os.getuid() == 0:
+    os.setuid(1)  # no limit holds for root
+soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+for number, limit in ((signal.SIGUSR1, 0), (signal.SIGUSR2, soft)):
+    given = (resource.RLIMIT_NPROC, (limit, hard))
+    signal.signal(number, lambda *_, given=given: resource.setrlimit(*given))
+print("listens", flush=True)
+_Zygote(listener, 0, 60.0, "").serve()
+"""
+
+
+def test_a_fork_that_fails_is_one_start_that_fails(temporary_dir: Path) -> None:
+    temporary_dir.chmod(0o777)
+    folders = [temporary_dir / name for name in "abc"]
+    for folder in folders:
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs").chmod(0o777)
+    launches = [launch(folder, WAIT) for folder in folders]
+    command = [sys.executable, "-c", SMALL_ZYGOTE, str(temporary_dir / "zygote")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as zygote:
+        assert zygote.stdin is not None and zygote.stdout is not None
+        assert zygote.stdout.readline() == "listens\n"
+        first = fork(temporary_dir / "zygote", launches[0])
+        wait_until(lambda: "waiting" in log_of(folders[0]), "the first waits")
+        zygote.send_signal(signal.SIGUSR1)
+        with pytest.raises(StartFailed, match=r"no process can be made on .*: Resource temp"):
+            fork(temporary_dir / "zygote", launches[1])
+        assert not is_gone(first.pid)
+        zygote.send_signal(signal.SIGUSR2)
+        last = fork(temporary_dir / "zygote", launches[2])
+        wait_until(lambda: "waiting" in log_of(folders[2]), "the last waits")
+        for child in (first, last):
+            child.close()
+        zygote.stdin.close()
+
+
 @pytest.fixture
 def temporary_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder for temporary files, short enough for the path of a Unix socket."""
