@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,18 +78,37 @@ def own_overrides(overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if key_of(text).startswith(_OWN_SECTION)]
 
 
-def find_sweep(overrides: list[str], config_dir: Path | None, runs_dir: Path) -> Sweep | None:
+def find_sweep(
+    overrides: list[str],
+    config_dir: Path | None,
+    runs_dir: Path,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Sweep | None:
     """Return the sweep that a command goes on with: the named one, else the newest of its kind.
+
+    Args:
+        overrides: as typed.
+        config_dir: the user's own configuration and modules.
+        runs_dir: the folder of runs.
+        tell: takes what the user should know of sweeps that cannot be read.
 
     Raises:
         ConfigError: the named one is of other overrides.
+        StorageError: the named one cannot be read.
     """
     own = own_overrides(overrides)
     named = [text.partition("=")[2] for text in own if key_of(text) == "sweep.name"]
     name = named[0].strip("'\"") if named and named[0] != "null" else None
     wanted = identity(overrides)
     folder = None if config_dir is None else config_dir.resolve()
-    found = [read_sweep(path.parent) for path in (runs_dir / SWEEPS).glob("*/sweep.json")]
+    found = []
+    for path in sorted((runs_dir / SWEEPS).glob("*/sweep.json")):
+        try:
+            found.append(read_sweep(path.parent))
+        except StorageError as error:
+            if path.parent.name == name:
+                raise
+            tell(f"note: a sweep is passed over: {error}")
     if name is not None:
         for sweep in found:
             if sweep.name != name:

@@ -64,7 +64,8 @@ def sweep(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
     """
     stops = Stops()
     with stops, ExitStack() as stack:
-        found = find_sweep(overrides, config_dir, typed_runs_dir(overrides, cwd))
+        runs_dir = typed_runs_dir(overrides, cwd)
+        found = find_sweep(overrides, config_dir, runs_dir, lambda text: print(text, flush=True))
         is_first = found is None
         if found is None:
             found = freeze_sweep(overrides, config_dir, cwd)

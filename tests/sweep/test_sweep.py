@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, StorageError
 from orchestrator.spec.config import load_kept
 from orchestrator.spec.paths import SweepPaths
 from orchestrator.spec.schema import BestConfig, BestMode
@@ -121,6 +121,20 @@ def test_how_a_sweep_goes_about_it_does_not_make_it_another(tmp_path: Path, own:
     assert find_sweep(again, own, tmp_path / "runs") == sweep
     assert find_sweep([*OVERRIDES, "train.steps=3"], own, tmp_path / "runs") is None
     assert find_sweep([*OVERRIDES, "sweep.name=other"], own, tmp_path / "runs") is None
+
+
+def test_a_sweep_that_cannot_be_read_stands_in_nobodys_way_but_its_own(
+    tmp_path: Path, own: Path
+) -> None:
+    sweep = freeze_sweep([*OVERRIDES, "sweep.name=first"], own, tmp_path)
+    broken = tmp_path / "runs" / "sweeps" / "broken"
+    broken.mkdir()
+    (broken / "sweep.json").write_text('{"format": 1')
+    told: list[str] = []
+    assert find_sweep(OVERRIDES, own, tmp_path / "runs", told.append) == sweep
+    assert len(told) == 1 and f"{broken}/sweep.json cannot be read" in told[0]
+    with pytest.raises(StorageError, match="remove the folder to begin again"):
+        find_sweep([*OVERRIDES, "sweep.name=broken"], own, tmp_path / "runs")
 
 
 def test_the_name_of_another_sweep_is_refused(tmp_path: Path, own: Path) -> None:
