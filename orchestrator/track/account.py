@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.track.curve import Curve
+from orchestrator.track.failure import FirstFailure
 from orchestrator.track.goodput import Goodput
 from orchestrator.track.nodes import Nodes
 from orchestrator.track.points import Points
@@ -36,6 +37,7 @@ class Account:
         ended: Unix seconds of the last record.
         status: FINISHED, FAILED or KILLED; None while it runs.
         cause: why it did not finish.
+        failure: what failed first.
         starts: how many commands have trained it.
         attempts: how many groups of workers were started.
         last_step: the last step done.
@@ -58,6 +60,7 @@ class Account:
     ended: float = 0.0
     status: str | None = None
     cause: str = ""
+    failure: FirstFailure = field(default_factory=FirstFailure)
     starts: int = 0
     attempts: int = 0
     last_step: int = 0
@@ -74,12 +77,19 @@ class Account:
     goodput: Goodput = field(default_factory=Goodput)
     commands: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def first_failure(self) -> str:
+        """What failed first, if the run did not get over it and the cause does not tell it."""
+        has_failed = self.status in ("FAILED", "KILLED")
+        return self.failure.text if has_failed and self.failure.error not in self.cause else ""
+
     def _tell(self, record: Mapping[str, Any], text: str, *, is_failure: bool = False) -> None:
         self.events.append(Event(float(record.get("time", self.ended)), text, is_failure))
 
     def observe(self, record: Mapping[str, Any]) -> None:
         """Take note of one record of the journal."""
         self.goodput.feed(record)
+        self.failure.feed(record)
         self.ended = max(self.ended, float(record.get("time", 0.0)))
         match record.get("kind"):
             case "RunStarted":

@@ -22,6 +22,7 @@ from orchestrator.track.points import Point
 RUN_TAG = "orchestrator.run"
 DESCRIPTION_TAG = "mlflow.note.content"
 DEGRADED_TAG = "orchestrator.degraded"
+FIRST_FAILURE_TAG = "orchestrator.first_failure"
 HARDWARE_TAG = "orchestrator.hardware"
 REFUSED_TAG = "orchestrator.refused"
 _CHANGED_TAG = "orchestrator.changed."

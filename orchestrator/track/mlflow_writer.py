@@ -13,12 +13,14 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.secrets import mask_text
 from orchestrator.track.account import account
 from orchestrator.track.facts import RunFacts
+from orchestrator.track.failure import FirstFailure
 from orchestrator.track.journal import Reader, read
 from orchestrator.track.mlflow_registry import log_model
 from orchestrator.track.mlflow_store import (
     BATCH,
     DEGRADED_TAG,
     DESCRIPTION_TAG,
+    FIRST_FAILURE_TAG,
     HARDWARE_TAG,
     Store,
 )
@@ -75,6 +77,7 @@ class Writer:
         self._is_open = False
         self._data: list[Mapping[str, Any]] = []
         self._nodes = Nodes()
+        self._failure = FirstFailure()
         # What tags should say, and those that say something else still.
         self._degraded = ""
         self._untold: dict[str, str] = {}
@@ -187,6 +190,10 @@ class Writer:
         return known, start_time_ms
 
     def _digest(self, record: dict[str, Any]) -> None:
+        known = self._failure.text
+        self._failure.feed(record)
+        if self._failure.text != known:
+            self._untold[FIRST_FAILURE_TAG] = self._failure.text
         match record.get("kind"):
             case "Window":
                 return  # known already: `_look_back` or `_keep_window`

@@ -63,6 +63,9 @@ def render(found: Account, plots: Sequence[Path]) -> str:
         f'<p><b class="{status}">{status.lower()}</b> at step {found.last_step:,}, '
         f"{_length(found.goodput.wall_s)} of training time, begun {_date(found.began)}</p>",
         f'<p class="bad">{_text(found.cause)}</p>' if status == "FAILED" else "",
+        f'<p class="bad">first failure: {_text(found.first_failure)}</p>'
+        if found.first_failure
+        else "",
         _section("Results", _table(_result_rows(found), numbers=True)),
         f'<p class="plots">{"".join(_picture(path) for path in plots)}</p>' if plots else "",
         _section("What was run", _what(found)),
@@ -87,6 +90,8 @@ def summarise(found: Account) -> str:
     lines = [f"**{status}** at step {found.last_step:,} after {length} of training time"]
     if found.status == "FAILED":
         lines += ["", f"```\n{found.cause}\n```"]
+    if found.first_failure:
+        lines += ["", f"first failure:\n```\n{found.first_failure}\n```"]
     lines += ["", "| result | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in _result_rows(found)]
     shares = found.goodput.seconds().items()

@@ -55,6 +55,32 @@ def test_a_run_that_cannot_save_is_tagged_until_it_can(tmp_path: Path) -> None:
     assert the_run(uri).data.tags["orchestrator.degraded"] == ""
 
 
+def failed(attempt: int, worker: int, error: str, cause: str = "worker") -> dict[str, Any]:
+    record = {"kind": "Failed", "attempt": attempt, "worker": worker, "time": rig.START + attempt}
+    return record | {"error": error, "cause": cause}
+
+
+def test_the_first_failure_is_a_tag_and_in_the_description_of_a_run_that_failed(
+    root: Path, facts: RunFacts
+) -> None:
+    reset = failed(1, 0, "Connection reset", "collateral")
+    cut = failed(1, 1, "the cable to http://ann:hunter2@host was cut\nand more")
+    again = failed(2, 0, "no room")
+    ended = rig.ended("FAILED") | {"cause": "worker 0 failed at step 3\n  no room"}
+    rig.write(root, facts.record(rig.START), reset, cut, rig.block(0, 3), again, ended)
+    project(facts, "FAILED")
+    tags = the_run(facts.tracking_uri).data.tags
+    first = "attempt 1, worker 1: the cable to http://***@host was cut"
+    assert tags["orchestrator.first_failure"] == first
+    assert f"first failure:\n```\n{first}\n```" in tags["mlflow.note.content"]
+    # A resumption does not change what failed first.
+    rig.write(root, facts.record(rig.START + 200), failed(3, 1, "no luck"), rig.ended())
+    project(facts)
+    tags = the_run(facts.tracking_uri).data.tags
+    assert tags["orchestrator.first_failure"] == first
+    assert "first failure" not in tags["mlflow.note.content"]
+
+
 def the_run(uri: str, experiment: str = "tiny") -> Any:
     client = mlflow.MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)

@@ -12,7 +12,7 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.track import plots
 from orchestrator.track.account import MAX_EVENTS, account
 from orchestrator.track.journal import read
-from orchestrator.track.report import summarise, write_report
+from orchestrator.track.report import render, summarise, write_report
 from tests.track import rig
 
 EVALUATED = {
@@ -112,6 +112,16 @@ def test_a_failure_is_told_with_its_cause(tmp_path: Path) -> None:
     paths = run_with(tmp_path, failed)
     found = account([*read(paths.journal)][:-1])
     assert "worker 1 failed <here>" in summarise(found)
+
+
+def test_a_failure_before_the_last_one_is_told_too(tmp_path: Path) -> None:
+    failed = rig.ended("FAILED") | {"cause": "worker 0 failed: no room"}
+    paths = run_with(tmp_path)
+    found = account([*[*read(paths.journal)][:-1], failed])
+    assert "first failure: attempt 1, worker 1: its process was ended by SIGKILL &amp;" in (
+        render(found, [])
+    )
+    assert "attempt 1, worker 1: its process was ended by SIGKILL & <gone>" in summarise(found)
 
 
 def test_of_many_events_the_first_and_the_last_are_told(tmp_path: Path) -> None:
