@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, ExitCode
@@ -78,26 +77,26 @@ class Lineage:
         self.ledgers = {end: ledger for end, ledger in self.ledgers.items() if end <= step}
 
 
-def compare_runs(left: str, right: str, tolerance: float, cwd: Path) -> ExitCode:
+def compare_runs(left: RunPaths, right: RunPaths, tolerance: float) -> ExitCode:
     """Print what differs between two runs.
 
     Args:
-        left: a run's folder, or `<job>/<run>` below `runs/`.
+        left: a run.
         right: the other one.
         tolerance: the largest relative difference of a loss that counts as equal.
-        cwd: what relative paths are relative to.
 
     Returns:
         DONE if both did equally many steps on equal examples with equal losses, else DIFFERENCE.
 
     Raises:
-        ConfigError: one of them is no run.
+        ConfigError: one of them has no journal.
     """
-    one, other = (lineage(read(RunPaths(run_folder(name, cwd)).journal)) for name in (left, right))
-    for name, run in ((left, one), (right, other)):
+    one, other = (lineage(read(paths.journal)) for paths in (left, right))
+    for paths, run in ((left, one), (right, other)):
         if not run.params:
-            raise ConfigError(f"runs compare: {name} is not the folder of a run with a journal")
-    for name, run in ((left, one), (right, other)):
+            raise ConfigError(f"runs compare: {paths.root} is no run with a journal")
+    for paths, run in ((left, one), (right, other)):
+        name = f"{paths.root.parent.name}/{paths.root.name}"
         print(f"{name}: {run.status or 'not ended'}, {run.last_step:,} steps")
     for line in _settings(one, other):
         print(line)
@@ -110,11 +109,6 @@ def compare_runs(left: str, right: str, tolerance: float, cwd: Path) -> ExitCode
     same = all(agrees for _, agrees in found) and one.last_step == other.last_step
     print("they computed the same" if same else "they did not compute the same")
     return ExitCode.DONE if same else ExitCode.DIFFERENCE
-
-
-def run_folder(run: str, cwd: Path) -> Path:
-    """Return the folder of a run that is named by it, or as `<job>/<run>` below `runs/`."""
-    return next((p for p in (cwd / run, cwd / "runs" / run) if p.is_dir()), cwd / run).resolve()
 
 
 def lineage(records: Iterable[Mapping[str, Any]]) -> Lineage:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from orchestrator.asking import listening
 from orchestrator.changes import compare_settings
-from orchestrator.comparison import run_folder
 from orchestrator.control.group import WorkerGroup
 from orchestrator.control.holding import Hold
 from orchestrator.control.inline_group import InlineGroup
@@ -42,7 +41,7 @@ from orchestrator.spec.describe import describe, headline
 from orchestrator.spec.environment import inspect_environment
 from orchestrator.spec.host import local_host
 from orchestrator.spec.paths import RunPaths
-from orchestrator.spec.plan import Host, RunPlan, make_plan
+from orchestrator.spec.plan import Host, RunPlan, artifacts_of, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
 from orchestrator.spec.secrets import mask_overrides
 from orchestrator.track.journal import read
@@ -181,18 +180,18 @@ def _discard_unused(paths: RunPaths) -> None:
         shutil.rmtree(paths.root, ignore_errors=True)
 
 
-def sync(run: str, cwd: Path) -> ExitCode:
+def sync(paths: RunPaths, uri: str | None = None) -> ExitCode:
     """Write a run's journal into MLflow once more.
 
     Args:
-        run: the run's folder, or `<job>/<run>` below `runs/`.
-        cwd: what relative paths are relative to.
+        paths: of the run.
+        uri: of MLflow; by default the one that the run was recorded with.
     """
-    folder = run_folder(run, cwd)
-    report = sync_run(folder)
+    artifact_root = None if uri is None else artifacts_of(uri, paths.root.parents[1])
+    report = sync_run(paths.root, uri=uri, artifact_root=artifact_root)
     if report.missing:
         raise OrchestratorError(f"not everything could be written: {report.missing}")
-    print(f"MLflow has all of run {folder.name}: {report.run_id}")
+    print(f"MLflow has all of run {paths.root.name}: {report.run_id}")
     return ExitCode.DONE
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.spec.paths import RunPaths
 
 GRAMMAR = """\
 runs: RUN is a run's folder, <job>/<run> or its name; address=http://HEAD:8265 asks a cluster
@@ -15,8 +16,8 @@ runs: RUN is a run's folder, <job>/<run> or its name; address=http://HEAD:8265 a
   runs status RUN [runs_dir=FOLDER] [address=...]        where it is, how it fares, what failed
   runs logs RUN [-f] [worker=N] [address=...]            what was written; -f follows
   runs stop RUN [force=true] [address=...]               save and stop; again, or by force: end now
-  runs compare RUN RUN [tolerance=1e-5]                  what differs
-  runs sync RUN                                          write the record into MLflow once more"""
+  runs compare RUN RUN [tolerance=1e-5] [runs_dir=...]   what differs
+  runs sync RUN [tracking.uri=...] [runs_dir=...]        write the record into MLflow once more"""
 _DEFAULT_DIR = "runs"
 
 
@@ -42,25 +43,21 @@ def runs(arguments: list[str], cwd: Path) -> int:
             if settings.get("address"):
                 return _ask_remotely(word, run, settings)
             return int(_answer(word, run, settings, cwd))
-        case ["sync", run]:
-            from orchestrator.driver import sync
-
-            return int(sync(run, cwd))
-        case ["compare", left, right, *rest] if len(rest) < 2:
-            from orchestrator.comparison import DEFAULT_TOLERANCE, compare_runs
-
-            tolerance = _tolerance(rest[0]) if rest else DEFAULT_TOLERANCE
-            return int(compare_runs(left, right, tolerance, cwd))
+        case ["sync", run, *rest]:
+            return int(_sync(run, _settings("sync", rest, ("runs_dir", "tracking.uri")), cwd))
+        case ["compare", left, right, *rest]:
+            settings = _settings("compare", rest, ("runs_dir", "tolerance"))
+            return int(_compare((left, right), settings, cwd))
     raise ConfigError(GRAMMAR)
 
 
 def _answer(word: str, run: str, settings: Mapping[str, str], cwd: Path) -> ExitCode:
     """Answer from a run folder that this machine sees."""
-    from orchestrator.status import find_run_folder, print_status
+    from orchestrator.status import print_status
 
     worker, follow = _worker(settings), _flag(settings, "follow")
     force, via = _flag(settings, "force"), settings.get("via")
-    paths = find_run_folder(run, settings.get("runs_dir", _DEFAULT_DIR), cwd)
+    paths = _find(run, settings, cwd)
     if word == "status":
         return print_status(paths, via)
     if word == "logs":
@@ -70,6 +67,29 @@ def _answer(word: str, run: str, settings: Mapping[str, str], cwd: Path) -> Exit
     from orchestrator.stopping import stop
 
     return stop(paths, force=force, address=via)
+
+
+def _find(run: str, settings: Mapping[str, str], cwd: Path) -> RunPaths:
+    from orchestrator.status import find_run_folder
+
+    return find_run_folder(run, settings.get("runs_dir", _DEFAULT_DIR), cwd)
+
+
+def _sync(run: str, settings: Mapping[str, str], cwd: Path) -> ExitCode:
+    from orchestrator.driver import sync
+    from orchestrator.spec.config import resolve_uri
+
+    paths, given = _find(run, settings, cwd), settings.get("tracking.uri")
+    return sync(paths, resolve_uri(given) if given else None)
+
+
+def _compare(runs: tuple[str, str], settings: Mapping[str, str], cwd: Path) -> ExitCode:
+    from orchestrator.comparison import DEFAULT_TOLERANCE, compare_runs
+
+    given = settings.get("tolerance")
+    tolerance = DEFAULT_TOLERANCE if given is None else _tolerance(given)
+    left, right = (_find(run, settings, cwd) for run in runs)
+    return compare_runs(left, right, tolerance)
 
 
 def _list(arguments: list[str], cwd: Path) -> int:
@@ -156,8 +176,7 @@ def _flag(settings: Mapping[str, str], key: str) -> bool:
 
 
 def _tolerance(text: str) -> float:
-    key, _, value = text.partition("=")
     with contextlib.suppress(ValueError):
-        if key == "tolerance" and float(value) >= 0:
-            return float(value)
-    raise ConfigError(f"runs compare: {text}: tolerance=NUMBER is meant, at least 0")
+        if float(text) >= 0:
+            return float(text)
+    raise ConfigError(f"runs compare: tolerance={text}: tolerance=NUMBER is meant, at least 0")

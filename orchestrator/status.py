@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.comparison import run_folder
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.lease import Holder, holder_of
 from orchestrator.listing import age
@@ -149,9 +148,9 @@ def find_run_folder(run: str, runs_dir: str, cwd: Path) -> RunPaths:
         ConfigError: there is none, or several jobs have one of this name.
     """
     top = (cwd / runs_dir).resolve()
-    for folder in (run_folder(run, cwd), top / run):
+    for folder in (cwd / run, cwd / _TOP_FOLDER / run, top / run):
         if _is_run(folder):
-            return RunPaths(folder)
+            return RunPaths(folder.resolve())
     found = [path for path in top.glob(f"*/{run}") if _is_run(path)] if "/" not in run else []
     if len(found) == 1:
         return RunPaths(found[0])

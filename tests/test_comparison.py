@@ -120,10 +120,20 @@ def test_a_loss_that_is_no_number_in_one_run_only_differs(
     assert code == 1 and "losses: at most inf apart" in out
 
 
+def test_runs_are_named_as_for_the_other_words(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["one", str(here / "elsewhere" / "job" / "one"), "tolerance=0"]
+    (here / "runs").rename(here / "elsewhere")
+    assert main(["runs", "compare", *arguments, "runs_dir=elsewhere"]) == 0
+    assert capsys.readouterr().out.startswith("job/one: not ended, 12 steps\n" * 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (("job/one", "job/nothing"), "job/nothing is not the folder of a run"),
+        (("job/one", "job/nothing"), "job/nothing: there is no such run"),
+        (("job/one", "job/unused"), "job/unused is no run with a journal"),
         (("job/one", "job/one", "tolerance=much"), "tolerance=NUMBER is meant"),
         (("job/one",), "runs compare RUN RUN"),
     ],
@@ -131,5 +141,7 @@ def test_a_loss_that_is_no_number_in_one_run_only_differs(
 def test_what_cannot_be_compared_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], fragment: str
 ) -> None:
+    (here / "runs" / "job" / "unused").mkdir()
+    (here / "runs" / "job" / "unused" / ".lease").touch()
     assert main(["runs", "compare", *arguments]) == 2
     assert fragment in capsys.readouterr().err

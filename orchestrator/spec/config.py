@@ -15,7 +15,7 @@ from orchestrator.spec.explain import explain, unknown_key
 from orchestrator.spec.overrides import GROUPS, key_of, normalise, quoted
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.secrets import is_literal_secret, masked
-from orchestrator.spec.validate import validate
+from orchestrator.spec.validate import uri_errors, validate
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = PROJECT_DIR / "conf"
@@ -194,6 +194,24 @@ def to_yaml(config: RunConfig) -> str:
 def flatten(config: RunConfig) -> dict[str, str]:
     """Return the configuration as dotted keys, secrets masked: MLflow's params."""
     return {key: str(value) for key, value in _leaves(masked(_plain(config)))}
+
+
+def resolve_uri(text: str) -> str:
+    """Return the `tracking.uri=` of a command that composes no configuration, references resolved.
+
+    Raises:
+        ConfigError: it is no address of MLflow, a password is written out, or `${oc.env:NAME}`
+            names a variable that is not set.
+    """
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.create({"tracking": {"uri": text}})
+    with _explained([], []):
+        _refuse_secrets(OmegaConf.to_container(values, resolve=False))
+        uri = str(values.tracking.uri)
+    for error in uri_errors(uri):
+        raise ConfigError(error)
+    return uri
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -171,7 +171,12 @@ def tracking_store(config: RunConfig, cwd: Path) -> tuple[str, str | None]:
     """Return MLflow's address, and for a SQLite file the folder that keeps artifacts."""
     root = (cwd / config.runs_dir).resolve()
     uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
-    return uri, str(root / "mlartifacts") if uri.startswith("sqlite:") else None
+    return uri, artifacts_of(uri, root)
+
+
+def artifacts_of(uri: str, runs_dir: Path) -> str | None:
+    """Return the folder that keeps the artifacts of a SQLite file; a server has its own."""
+    return str(runs_dir / "mlartifacts") if uri.startswith("sqlite:") else None
 
 
 def split_evenly(total: int, parts: int) -> tuple[int, ...]:

@@ -267,7 +267,11 @@ def _names(config: RunConfig) -> Iterator[str]:
             yield f"{key}={name!r}: only letters, digits, `_`, `-` and `.`; it names a folder"
     if config.run_name is not None and config.resume is not None:
         yield f"run_name={config.run_name} with resume={config.resume}: a run keeps its name"
-    uri = config.tracking.uri
+    yield from uri_errors(config.tracking.uri)
+
+
+def uri_errors(uri: str | None) -> Iterator[str]:
+    """Yield what is wrong with `tracking.uri`."""
     if uri is not None and not uri.startswith(("sqlite:///", "http://", "https://")):
         yield (
             f"tracking.uri={mask_text(uri)}: must begin with sqlite:///, http:// or https:// "

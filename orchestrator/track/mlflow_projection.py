@@ -8,6 +8,7 @@ and MLflow keeps equal points once: sending anything twice changes nothing.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _FLUSH_S = 1.0
 _BACK_OFF_S = (0.5, 1.0, 2.0, 5.0)
 # When training is over nobody should wait for a server that is gone: `sync` completes it later.
 _TRIES_AT_END = 4
+# MLflow's client takes these where an address has no credentials.
+_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +198,13 @@ def sync(
     facts = RunFacts.from_record(started, root)
     if uri is not None:
         facts = facts.moved(uri, artifact_root)
-    elif MASK in facts.tracking_uri:
-        raise StorageError(
-            f"the journal keeps no credentials: {facts.tracking_uri}; give the address with "
-            "tracking.uri=, or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
+    elif f"{MASK}@" in facts.tracking_uri:
+        if any(name not in os.environ for name in _CREDENTIALS):
+            raise StorageError(
+                f"the journal keeps no credentials: {facts.tracking_uri}; give the address with "
+                f"tracking.uri=, or set {' and '.join(_CREDENTIALS)}"
+            )
+        facts = facts.moved(facts.tracking_uri.replace(f"{MASK}@", ""), facts.artifact_root)
     projection = Projection(
         facts,
         keep=lambda record: None,

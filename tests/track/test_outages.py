@@ -17,6 +17,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from orchestrator.errors import StorageError
+from orchestrator.runs_command import runs
 from orchestrator.track.journal import read
 from orchestrator.track.mlflow_projection import sync
 from tests.track import rig
@@ -87,6 +89,24 @@ def test_a_password_comes_from_the_environment_and_files_go_through_the_server(
         assert not any(b"hunter2" in content for content in written)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
         assert "401" in sync(root_of(tmp_path), deadline_s=20).missing
+
+
+def test_credentials_of_an_address_are_given_again_when_the_record_is_completed(
+    tmp_path: Path, server: rig.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = rig.new_run(tmp_path)
+    with gate_to(server.uri, credentials="ann:hunter2") as gate:
+        facts = rig.make_facts(root, gate.uri.replace("//", "//ann:hunter2@"))
+        rig.write(root, facts.record(rig.START), rig.block(0, 4), rig.ended())
+        with pytest.raises(StorageError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
+            sync(root)
+        monkeypatch.setenv("SECRET", "hunter2")
+        given = gate.uri.replace("//", "//ann:${oc.env:SECRET}@")
+        assert runs(["sync", str(root), f"tracking.uri={given}"], tmp_path) == 0
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+        assert runs(["sync", str(root)], tmp_path) == 0
+        assert gate.refused == 0
 
 
 @pytest.mark.thorough

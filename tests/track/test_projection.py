@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import mlflow
 import pytest
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import ConfigError, StorageError
+from orchestrator.runs_command import runs
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Journal, read
 from orchestrator.track.mlflow_projection import Projection, Report, check, sync
@@ -188,6 +190,38 @@ def test_sync_writes_a_run_into_another_mlflow(root: Path, facts: RunFacts, tmp_
     assert len(rig.losses(tmp_path / "other.db")) == 4
 
 
+def test_the_command_finds_a_run_by_its_name_and_writes_it_where_it_is_told(
+    tmp_path: Path, empty_database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    root = rig.new_run(tmp_path / "runs" / "tiny")
+    facts = rig.make_facts(root, "http://ann:hunter2@127.0.0.1:9")
+    rig.write(root, *whole_run(facts))
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    uri = rig.sqlite_uri(tmp_path)
+    assert runs(["sync", root.name, f"tracking.uri={uri}"], tmp_path) == 0
+    assert f"MLflow has all of run {root.name}" in capsys.readouterr().out
+    run = the_run(uri)
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 7.5)
+    artifacts = (tmp_path / "runs" / "mlartifacts").as_uri()
+    assert run.info.artifact_uri.startswith(artifacts)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("tracking.uri=ftp://host", r"tracking.uri=ftp://host: must begin with"),
+        ("tracking.uri=http://ann:hunter2@host", r"tracking.uri: a secret may not be written out"),
+        ("tracking.uri=http://ann:${oc.env:NOT_SET}@host", r"variable NOT_SET is not set"),
+        ("uri=http://host", r"runs sync: uri=http://host is not known here"),
+    ],
+)
+def test_an_address_that_cannot_be_meant_is_refused(root: Path, given: str, said: str) -> None:
+    rig.write(root, rig.make_facts(root, "sqlite:///x.db").record(rig.START))
+    with pytest.raises(ConfigError, match=said):
+        runs(["sync", str(root), given], root)
+
+
 def test_a_resumed_run_stays_one_run_without_doubled_points(
     root: Path, facts: RunFacts, tmp_path: Path
 ) -> None:
@@ -357,7 +391,9 @@ def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
         sync(tmp_path)
 
 
-def test_credentials_stay_out_of_the_journal(root: Path) -> None:
+def test_credentials_stay_out_of_the_journal(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
     facts = rig.make_facts(root, "http://ann:hunter2@127.0.0.1:9")
     rig.write(root, facts.record(rig.START))
     assert "hunter2" not in (root / "journal.jsonl").read_text()
