@@ -26,13 +26,16 @@ _COLOURS = {
     "recovering": "#f58518",
     "lost_work": "#d62728",
 }
-# Beside these, each metric that is both trained and evaluated has a plot of its own.
+# Beside these, each metric that is trained or evaluated has a plot of its own, up to so many.
+_MOST_METRICS = 12
 _FIGURES = {
     "learning_rate": (r"train/learning_rate(/.*)?", "learning rate"),
     "throughput": (r"perf/examples_per_s", "examples/s"),
     "step_time": (r"worker/\d+/step_ms", "ms a step"),
     "gradient_norm": (r"train/gradient_norm", "gradient norm"),
 }
+# Of each variable: too many for a plot each.
+_NORMS = r"train/(gradient|weight)_norm/.*"
 _SPIKY = ("ms a step",)
 # A legend of more lines leaves no room for the plot.
 _MOST_NAMED = 12
@@ -51,9 +54,14 @@ def draw(found: Account, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
+    taken = {*_FIGURES, "goodput"}
     for name in _metrics(found.series):
-        pair = {key: found.series[key] for key in (f"train/{name}", f"eval/{name}")}
-        drawn.append(_lines(folder / f"{_file_name(name)}.png", pair, name))
+        keys = [key for key in (f"train/{name}", f"eval/{name}") if key in found.series]
+        stem = re.sub(r"[^\w\-]", "_", name)
+        while stem in taken:
+            stem += "_"
+        taken.add(stem)
+        drawn.append(_lines(folder / f"{stem}.png", {key: found.series[key] for key in keys}, name))
     for name, (pattern, label) in _FIGURES.items():
         chosen = {key: s for key, s in found.series.items() if re.fullmatch(pattern, key)}
         if chosen:
@@ -64,14 +72,17 @@ def draw(found: Account, folder: Path) -> list[Path]:
 
 
 def _metrics(series: Series) -> list[str]:
-    """Return the loss and what else was measured in training and evaluation, the loss first."""
-    trained = {key.removeprefix("train/") for key in series if key.startswith("train/")}
-    evaluated = {key.removeprefix("eval/") for key in series if key.startswith("eval/")}
-    return sorted(trained & evaluated, key=lambda name: (name != "loss", name))
+    """Return what was measured of the model: the loss, what is both trained and evaluated, others.
 
-
-def _file_name(metric: str) -> str:
-    return re.sub(r"[^\w\-]", "_", metric)
+    What has a figure of its own is left out.
+    """
+    others = [_NORMS, *(pattern for pattern, _ in _FIGURES.values())]
+    shown = [key for key in series if not any(re.fullmatch(other, key) for other in others)]
+    trained = {key.removeprefix("train/") for key in shown if key.startswith("train/")}
+    evaluated = {key.removeprefix("eval/") for key in shown if key.startswith("eval/")}
+    both = trained & evaluated
+    ranked = sorted(trained | evaluated, key=lambda name: (name != "loss", name not in both, name))
+    return ranked[:_MOST_METRICS]
 
 
 def _lines(path: Path, series: Series, label: str) -> Path:

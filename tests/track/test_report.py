@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track import plots
-from orchestrator.track.account import MAX_EVENTS, account
+from orchestrator.track.account import MAX_EVENTS, Account, account
 from orchestrator.track.journal import read
 from orchestrator.track.report import render, summarise, write_report
 from tests.track import rig
@@ -143,6 +143,23 @@ def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path: Path) -> N
     rig.write(root, facts.record(rig.START), rig.ended("FAILED"))
     write_report(RunPaths(root))
     assert "failed" in RunPaths(root).report.read_text()
+
+
+def test_what_was_only_trained_or_only_evaluated_has_a_plot_too(tmp_path: Path) -> None:
+    series = {
+        "train/loss": [(1, 0.5), (2, 0.4)],
+        "train/gradient_norm/dense/kernel": [(1, 0.5)],
+        "eval/f1>0.5": [(2, 0.5)],
+        "eval/f1<0.5": [(2, 0.5)],
+        "eval/goodput": [(2, 1.0)],
+    }
+    drawn = plots.draw(Account(series=series), tmp_path)
+    names = ["loss.png", "f1_0_5.png", "f1_0_5_.png", "goodput_.png"]
+    assert [path.name for path in drawn] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    many = {f"eval/{number:02}": [(1, 0.5)] for number in range(40)} | {"train/loss": [(1, 1.0)]}
+    assert len(plots.draw(Account(series=many), tmp_path)) == 12
+    assert plots.draw(Account(series=many), tmp_path)[0].name == "loss.png"
 
 
 @pytest.mark.filterwarnings("error")
