@@ -17,13 +17,13 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.terminal import duration, metrics_text, printable, size
 from orchestrator.track.goodput import Goodput
 from orchestrator.track.journal import read
+from orchestrator.track.resume import TOP_FOLDER, resume_command
 from orchestrator.train import store
 
 _CHIEF = 0
 # Smaller shares of the time are not worth a word.
 _SMALLEST_SHARE = 0.005
 _LONGEST_FAILURE = 300
-_TOP_FOLDER = "runs"
 
 
 @dataclass(slots=True)
@@ -148,7 +148,7 @@ def find_run_folder(run: str, runs_dir: str, cwd: Path) -> RunPaths:
         ConfigError: there is none, or several jobs have one of this name.
     """
     top = (cwd / runs_dir).resolve()
-    for folder in (cwd / run, cwd / _TOP_FOLDER / run, top / run):
+    for folder in (cwd / run, cwd / TOP_FOLDER / run, top / run):
         if _is_run(folder):
             return RunPaths(folder.resolve())
     found = [path for path in top.glob(f"*/{run}") if _is_run(path)] if "/" not in run else []
@@ -213,7 +213,7 @@ def describe_status(
         more = f" ({status.num_failures} in all)" if status.num_failures > 1 else ""
         rows.append((f"first failure{more}", status.first_failure[:_LONGEST_FAILURE]))
     if holder is None and status.status != "FINISHED":
-        rows.append(("go on", resume_command(paths, address)))
+        rows.append(("go on", resume_command(paths, address, status.facts)))
     width = max(len(key) for key, _ in rows)
     return lines + [f"  {key:<{width}}  {text}" for key, text in rows if text]
 
@@ -237,19 +237,7 @@ def final_words(paths: RunPaths, address: str | None) -> str:
     text += f", checkpoint of step {store.step_of(newest):,}" if newest else ", no checkpoint"
     if status.status == "FINISHED":
         return text
-    return f"{text}\n  go on  {resume_command(paths, address)}"
-
-
-def resume_command(paths: RunPaths, address: str | None) -> str:
-    """Return what goes on with a run."""
-    job, run, runs_dir = paths.root.parent.name, paths.root.name, paths.root.parent.parent
-    if address is not None:
-        return (
-            f'make submit conf={job} address={address} args="runs_dir={runs_dir} tracking.uri=... '
-            f'resume={run}"'
-        )
-    folder = "" if runs_dir == Path.cwd() / _TOP_FOLDER else f"runs_dir={runs_dir} "
-    return f'make train conf={job} args="{folder}resume={run}"'
+    return f"{text}\n  go on  {resume_command(paths, address, status.facts)}"
 
 
 def _worker_text(worker: WorkerStatus, holder: Holder | None, now: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -82,6 +83,7 @@ def next_commands(
     commands = [("review", url or _command("ui", "", folder))]
     if exported:
         commands.append(("serve", _command("serve", f"run={job}/{plan.run}", folder)))
+        commands.append(("load", _load(plan.paths.saved_model_dir)))
     resume = f"{own}{folder}resume={plan.run}"
     patience = plan.config.best.patience
     if finished and patience is not None and last_step < plan.total_steps:
@@ -94,6 +96,17 @@ def next_commands(
         ("train on" if finished else "resume", _command("train", f"conf={job}", resume))
     )
     return commands
+
+
+def _load(saved_model: Path) -> str:
+    """Return a command that loads a SavedModel, as any program with TensorFlow does."""
+    code = (
+        f"import tensorflow as tf; model = tf.saved_model.load({json.dumps(str(saved_model))}); "
+        'print(model.signatures["serving_default"])'
+    )
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{shlex.quote(str(shown))} -c {shlex.quote(code)}"
 
 
 def _command(verb: str, named: str, args: str) -> str:

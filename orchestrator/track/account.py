@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from orchestrator.spec.paths import RunPaths
 from orchestrator.track.curve import Curve
 from orchestrator.track.failure import FirstFailure
 from orchestrator.track.goodput import Goodput
 from orchestrator.track.nodes import Nodes
 from orchestrator.track.points import Points
+from orchestrator.track.resume import resume_command
 
 _CHIEF = 0
 # A story of more events is told by its first and last ones.
@@ -118,6 +121,9 @@ class Account:
             case "RunEnded":
                 self.status, self.cause = record["status"], record["cause"]
                 self.commands = [(word, text) for word, text in record.get("commands", ())]
+                if not self.commands and self.status != "FINISHED":  # its driver was killed
+                    paths = RunPaths(Path(self.facts["root"]))
+                    self.commands = [("resume", resume_command(paths, None, self.facts))]
                 self._tell(record, f"ended: {self.status.lower()}")
 
     def _started(self, record: Mapping[str, Any]) -> None:

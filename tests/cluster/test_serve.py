@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -250,6 +251,17 @@ def test_the_saved_model_answers_in_a_process_with_tensorflow_only(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.thorough
+def test_the_command_to_load_that_a_run_ends_with_is_one_that_does(one_device: Ended) -> None:
+    (ended,) = rig.records(one_device.run, "RunEnded")
+    command = shlex.split(dict(ended["commands"])["load"])
+    done = subprocess.run(
+        command, cwd=one_device.folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ConcreteFunction" in done.stdout
 
 
 @pytest.mark.thorough

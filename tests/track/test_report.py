@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,18 @@ def test_a_failure_before_the_last_one_is_told_too(tmp_path: Path) -> None:
         render(found, [])
     )
     assert "attempt 1, worker 1: its process was ended by SIGKILL & <gone>" in summarise(found)
+
+
+def test_a_run_whose_driver_was_killed_is_told_with_how_to_go_on(tmp_path: Path) -> None:
+    root = rig.new_run(tmp_path / "tiny", "one")
+    tags = {"orchestrator.command": "orchestrator train --config-dir '/my jobs' job=tiny"}
+    facts = rig.make_facts(root, "sqlite:///x.db", tags=tags)
+    found = account([facts.record(rig.START), rig.ended("KILLED")])
+    where = f"--config-dir='/my jobs' runs_dir={tmp_path}"
+    command = f'make train conf=tiny args="{where} resume=one"'
+    assert found.commands == [("resume", command)]
+    assert command in summarise(found) and html.escape(command) in render(found, [])
+    assert account([facts.record(rig.START), rig.ended()]).commands == []
 
 
 def test_of_many_events_the_first_and_the_last_are_told(tmp_path: Path) -> None:
