@@ -1,8 +1,9 @@
-"""`runs compare`: what two runs were, and whether they computed the same, from their journals."""
+"""`runs compare`: what two runs were, and whether they computed the same, from their folders."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ DEFAULT_TOLERANCE = 1e-5
 _ALWAYS = ("run_name", "resume", "resume_allow")
 _VERSIONS = "orchestrator.version."
 _COMMIT = "mlflow.source.git.commit"
+_DIRTY = "orchestrator.git.dirty"
+_HEADER = re.compile(r"^diff --git a/.* b/(.*)$", re.MULTILINE)
 
 
 @dataclass(slots=True)
@@ -98,7 +101,11 @@ def compare_runs(left: RunPaths, right: RunPaths, tolerance: float) -> ExitCode:
     for paths, run in ((left, one), (right, other)):
         name = f"{paths.root.parent.name}/{paths.root.name}"
         print(f"{name}: {run.status or 'not ended'}, {run.last_step:,} steps")
-    for line in _settings(one, other):
+    code = _differing(_kept_code(left), _kept_code(right))
+    changes = _differing(_changes(left, one), _changes(right, other))
+    for line in [*_settings(one, other), *_code(code, changes)] or [
+        "configuration, data and code: the same"
+    ]:
         print(line)
     found = [_examples(one, other), _losses(one, other, tolerance)]
     for text, _ in found:
@@ -120,7 +127,7 @@ def lineage(records: Iterable[Mapping[str, Any]]) -> Lineage:
 
 
 def _settings(one: Lineage, other: Lineage) -> list[str]:
-    """Return a line for each difference in configuration, data, code and versions."""
+    """Return a line for each difference in configuration, data, commit and versions."""
     lines = [
         f"{key}: {one.params.get(key, 'not there')} and {other.params.get(key, 'not there')}"
         for key in sorted(one.params.keys() | other.params.keys())
@@ -135,7 +142,39 @@ def _settings(one: Lineage, other: Lineage) -> list[str]:
             lines.append(f"code: commit {a[:12]} and {b[:12]}")
         elif a != b and tag.startswith(_VERSIONS):
             lines.append(f"{tag.removeprefix(_VERSIONS)}: {a} and {b}")
-    return lines or ["configuration, data and code: the same"]
+    return lines
+
+
+def _kept_code(paths: RunPaths) -> dict[str, bytes]:
+    """Return the job's source files as a run was last started with them, by name."""
+    files = (path for path in sorted(paths.code_dir.rglob("*")) if path.is_file())
+    return {str(path.relative_to(paths.code_dir)): path.read_bytes() for path in files}
+
+
+def _changes(paths: RunPaths, run: Lineage) -> dict[str, str]:
+    """Return what of the code was in no commit when a run was last started, by file."""
+    diffs = [path for path in paths.diffs if path.name.startswith("uncommitted-")]
+    if run.tags.get(_DIRTY) != "true" or not diffs:
+        return {}  # an earlier start may have left one
+    newest = max(diffs, key=lambda path: int(path.stem.rpartition("-")[2]))
+    _, *parts = _HEADER.split(newest.read_text(errors="replace"))
+    # Git's own digests also tell what the commit had.
+    texts = (re.sub(r"^index .*$", "", text, flags=re.MULTILINE) for text in parts[1::2])
+    return dict(zip(parts[::2], texts, strict=True))
+
+
+def _code(names: list[str], changed: list[str]) -> list[str]:
+    """Return a line for each file of code that differs, as a copy or by what is in no commit."""
+    lines = [f"code: {name}: other content" for name in names]
+    for path in changed:
+        if not any(path == name or path.endswith(f"/{name}") for name in names):
+            lines.append(f"code: {path}: other changes that are in no commit")
+    return lines
+
+
+def _differing(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    names = sorted(one.keys() | other.keys())
+    return [name for name in names if one.get(name) != other.get(name)]
 
 
 def _examples(one: Lineage, other: Lineage) -> tuple[str, bool]:

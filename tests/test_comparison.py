@@ -120,6 +120,49 @@ def test_a_loss_that_is_no_number_in_one_run_only_differs(
     assert code == 1 and "losses: at most inf apart" in out
 
 
+def leave_code(run: Path, text: str, changed: str, attempt: int = 1) -> None:
+    """Leave a job's file and what was in no commit at a start, as a driver does."""
+    paths = RunPaths(run)
+    (paths.code_dir / "jobs").mkdir(parents=True, exist_ok=True)
+    (paths.code_dir / "jobs" / "mine.py").write_text(text)
+    diff = "# /code since abc\n"
+    for name, line in (("jobs/mine.py", text), ("x.py", changed)):
+        diff += f"diff --git a/{name} b/{name}\nindex {attempt}0..34\n+{line}\n"
+    paths.uncommitted(attempt).write_text(diff)
+
+
+def test_code_that_is_in_no_commit_is_compared_by_file(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dirty = started()
+    dirty["facts"]["tags"]["orchestrator.git.dirty"] = "true"
+    for name in ("dirty", "other"):
+        write(here, name, dirty, ready(1, 0), *blocks([0, 12]))
+
+    def said() -> str:
+        main(["runs", "compare", "dirty", "other"])
+        return capsys.readouterr().out
+
+    one, other = (here / "runs" / "job" / name for name in ("dirty", "other"))
+    leave_code(one, "a = 1", "")
+    leave_code(other, "a = 2", "", attempt=9)
+    leave_code(other, "a = 1", "", attempt=10)  # started again: this is what it runs
+    assert "configuration, data and code: the same" in said()
+    leave_code(other, "a = 2", "+b = 2", attempt=10)
+    lines = [line for line in said().splitlines() if line.startswith("c")]
+    assert lines == [
+        "code: jobs/mine.py: other content",
+        "code: x.py: other changes that are in no commit",
+    ]
+    journal = Journal(RunPaths(other).journal)
+    journal.append(started())  # from the commit alone; the diffs of earlier starts are still there
+    journal.close()
+    leave_code(one, "a = 1", "")
+    (one / "uncommitted-before-attempt-1.diff").unlink()
+    leave_code(other, "a = 1", "", attempt=10)
+    assert "configuration, data and code: the same" in said()
+
+
 def test_runs_are_named_as_for_the_other_words(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
