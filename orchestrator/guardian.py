@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.lease import lock
+from orchestrator.spec.messages import DRIVER_KILLED
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.secrets import mask_text
 
-CAUSE = "the driver was killed"
 _PROJECT_DIR = str(Path(__file__).resolve().parents[1])
 # With credentials, which the journal does not keep.
 _URI_VARIABLE = "ORCHESTRATOR_GUARDED_URI"
@@ -151,7 +151,9 @@ def _close_journal(paths: RunPaths) -> bool | None:
         if newest == "RunStarted":
             journal = Journal(paths.journal)
             now = time.time()
-            journal.append({"kind": "RunEnded", "time": now, "status": "KILLED", "cause": CAUSE})
+            journal.append(
+                {"kind": "RunEnded", "time": now, "status": "KILLED", "cause": DRIVER_KILLED}
+            )
             journal.close()
     return True
 

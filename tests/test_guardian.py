@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.guardian import CAUSE
+from orchestrator.spec.messages import DRIVER_KILLED
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import read
 from tests.track import rig
@@ -126,7 +126,7 @@ def test_the_run_of_a_killed_driver_is_ended_in_journal_and_mlflow(root: Path, u
     kill(driver)
     eventually(lambda: status_in_mlflow(uri) == "KILLED")
     (end,) = ends(root)
-    assert (end["status"], end["cause"]) == ("KILLED", CAUSE)
+    assert (end["status"], end["cause"]) == ("KILLED", DRIVER_KILLED)
     eventually(lambda: not list(guardians(root)))
     assert RunPaths(root).report.exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.comparison import Lineage, lineage
-from orchestrator.spec.messages import NO_ATTEMPT
+from orchestrator.spec.messages import DRIVER_KILLED, NO_ATTEMPT
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.goodput import goodput
 from orchestrator.track.journal import read
@@ -150,7 +150,8 @@ def _goodput(records: Sequence[Mapping[str, Any]]) -> list[Difference]:
             is_open = True
         elif is_open:
             began, last = stretches[-1]
-            stretches[-1] = began, max(last, time)
+            if record.get("cause") != DRIVER_KILLED:
+                stretches[-1] = began, max(last, time)
             is_open = record["kind"] != "RunEnded"
     wall_s = sum(last - began for began, last in stretches)
     used_s = sum(goodput(records).seconds().values())

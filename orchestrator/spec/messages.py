@@ -65,6 +65,8 @@ class Outcome(Enum):
     stopped = "stopped"
 
 
+# Why a run has ended whose driver could not say so: the guardian does, some seconds later.
+DRIVER_KILLED = "the driver was killed"
 # What is told of a node, and not of what one attempt does there.
 NO_ATTEMPT = 0
 

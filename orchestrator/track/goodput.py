@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from orchestrator.spec.messages import NO_ATTEMPT, Phase
+from orchestrator.spec.messages import DRIVER_KILLED, NO_ATTEMPT, Phase
 
 _CHIEF = 0
 # An attempt may last for months: of more blocks than that, the older half is kept in pairs.
@@ -108,8 +108,11 @@ class Goodput:
         if time is None or (worker != _CHIEF and record["kind"] not in ("Failed", "Death")):
             return
         match record["kind"]:
+            # A driver that was killed ended with its last record.
+            case "RunEnded" if record.get("cause") == DRIVER_KILLED:
+                self._leave(self._since)
             case "RunStarted":
-                self._leave(self._since)  # a driver that was killed ended with its last record
+                self._leave(self._since)
                 self._use, self._since, self._is_recovering = Use.starting, time, False
             case "RunEnded":
                 self._pass(time)

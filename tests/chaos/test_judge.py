@@ -22,6 +22,7 @@ from orchestrator.chaos.storm import Row
 from orchestrator.chaos.table import Certificate, lines, write_report
 from orchestrator.chaos.watch import Watch
 from orchestrator.spec.chaos import FaultName
+from orchestrator.spec.messages import DRIVER_KILLED
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import Journal
 from orchestrator.train import store
@@ -102,6 +103,21 @@ def disturbed() -> Run:
     )
 
 
+def killed_driver() -> Run:
+    """Let the driver be killed after two seconds; its guardian ends the run four seconds later."""
+    run = disturbed()
+    facts = {"params": {}, "tags": {}}
+    end = {"kind": "RunEnded", "status": "KILLED", "cause": DRIVER_KILLED, "time": 106.0}
+    run.records[5:5] = [
+        {"kind": "Notice", "worker": 0, "attempt": 1, "text": "", "time": 102.0},
+        end,
+        {"kind": "RunStarted", "time": 110.0, "facts": facts},
+    ]
+    run.records.insert(0, {"kind": "RunStarted", "time": 100.0, "facts": facts})
+    run.records[-1] = {**run.records[-1], "time": 113.0}
+    return run
+
+
 def found(run: Run, folder: Path) -> list[Difference]:
     left = undisturbed().write(folder / "undisturbed"), run.write(folder / "disturbed")
     return judge(*left, STEPS)
@@ -109,6 +125,10 @@ def found(run: Run, folder: Path) -> list[Difference]:
 
 def test_a_restart_that_made_steps_again_is_no_difference(tmp_path: Path) -> None:
     assert found(disturbed(), tmp_path) == []
+
+
+def test_what_a_guardian_waits_is_no_time_of_the_run(tmp_path: Path) -> None:
+    assert found(killed_driver(), tmp_path) == []
 
 
 def _change(index: int, **values: Any) -> Callable[[Run], None]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.spec.messages import DRIVER_KILLED
 from orchestrator.track.goodput import Goodput, goodput
 
 Record = dict[str, Any]
@@ -134,6 +135,14 @@ def test_time_between_two_commands_is_nobodys() -> None:
     assert found.wall_s == 17 + 15
     assert used(found) == {"starting": 4 + 3, "building": 3 + 2, "productive": 20}
     assert found.fraction == pytest.approx(20 / 32)
+
+
+def test_a_driver_that_was_killed_ended_with_its_last_record() -> None:
+    killed = run_ended(123) | {"status": "KILLED", "cause": DRIVER_KILLED}  # by its guardian
+    found = goodput([*BEGIN, block(117, 1, 10), killed])
+    assert used(found) == {"starting": 4, "building": 3, "productive": 10}
+    found = goodput([*BEGIN, block(117, 1, 10), killed | {"cause": "stopped"}])
+    assert used(found)["productive"] == 16
 
 
 def test_waiting_for_resources_is_no_recovering() -> None:
