@@ -83,10 +83,10 @@ class Points:
                 if self._waiting:
                     self._choose(self._waiting[-1])
                 yield from self._catch_up()
-                if record["status"] != "FINISHED":
-                    return  # resumed, the run goes on with the window it was stopped in
-                for window in self._windows.values():
-                    yield from window.close()
+                if record["status"] == "FINISHED":
+                    for window in self._windows.values():
+                        yield from window.close()
+                # Otherwise it goes on, when it is resumed, with the window it was stopped in.
                 yield from self._ended(record)
 
     def _ended(self, record: Mapping[str, Any]) -> Iterator[Point]:

@@ -182,6 +182,19 @@ def test_where_the_time_went_is_told_once_for_each_step_at_which_the_run_has_end
     assert series(points, "goodput/fraction") == [(6, 0.0)]  # no beacon tells of a phase
 
 
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_where_the_time_of_a_run_went_that_did_not_finish_is_told_too_and_once(status: str) -> None:
+    started, again = {"kind": "RunStarted", "time": 0.0}, {"kind": "RunStarted", "time": 200.0}
+    stopped = ENDED | {"status": status}
+    points = feed(4, started, block(0, 6), stopped, again, ENDED | {"time": 250.0})
+    assert series(points, "goodput/starting_s") == [(6, 99.0)]
+    later = [again, block(4, 4, time=210.0), ENDED | {"time": 250.0}]
+    points = feed(4, started, block(0, 6), stopped, *later)
+    # As the goodput of a whole run has it: 99 s and 50 s.
+    assert series(points, "goodput/starting_s") == [(6, 99.0), (8, 149.0)]
+    assert [step for step, _ in series(points, "train/loss")] == [4, 8]
+
+
 def test_a_run_without_a_step_tells_nothing_of_its_time() -> None:
     assert feed(4, {"kind": "RunStarted", "time": 0.0}, ENDED) == []
 
