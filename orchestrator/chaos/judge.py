@@ -195,12 +195,12 @@ def _record(undisturbed: Path | None, disturbed: Path | None) -> list[Difference
 
 
 def _twice(database: Path) -> list[Difference]:
-    """Find points of nodes that are there twice; which ones there are depends on the time."""
-    query = (
-        "select key, step from metrics where key like 'system/%' "
-        "group by key, step having count(*) > 1"
-    )
-    points = _rows(database, query)
+    """Find points that are there twice, of metrics whose steps depend on the time or on faults.
+
+    They are those of nodes (`system/`), of the run's time (`goodput/`) and of the model.
+    """
+    rows = _rows(database, "select key, step from metrics group by key, step having count(*) > 1")
+    points = [(key, step) for key, step in rows if not key.startswith(_BY_STEP)]
     shown = ", ".join(f"{key} at {step}" for key, step in points[:_SHOWN])
     return [Difference(f"MLflow: {len(points)} points are there twice: {shown}")] if points else []
 

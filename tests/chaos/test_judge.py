@@ -29,6 +29,7 @@ from orchestrator.train import store
 
 STEPS = 4
 SAMPLE = ("system/a/cpu", 50.0, 0)
+GOODPUT, SIZE = ("goodput/fraction", 0.5, 4), ("model/size_bytes", 9.0, 4)
 KILL, STOP = FAULTS[FaultName.kill], FAULTS[FaultName.stop]
 
 
@@ -155,6 +156,8 @@ def _clocks(run: Run) -> None:
         (lambda run: setattr(run, "weights", b"weighty"), "another SHA-256", None),
         (lambda run: run.points.append(run.points[0]), "1 points are there twice", 2),
         (lambda run: run.points.extend([SAMPLE] * 2), "twice: system/a/cpu at 0", None),
+        (lambda run: run.points.extend([GOODPUT] * 2), "twice: goodput/fraction at 4", None),
+        (lambda run: run.points.extend([SIZE, GOODPUT] * 2), "2 points are there twice", None),
         (lambda run: run.points.pop(0), "1 points are lost: train/loss at 2", 2),
         (lambda run: run.points.append(("eval/loss", 1.0, 3)), "have no counterpart", 3),
         (lambda run: run.points.__setitem__(1, ("train/loss", 0.4, 4)), "another value", 4),
