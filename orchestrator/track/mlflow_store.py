@@ -7,6 +7,7 @@ calls decides whether to try again.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -28,9 +29,10 @@ REFUSED_TAG = "orchestrator.refused"
 _CHANGED_TAG = "orchestrator.changed."
 BATCH = 1000  # MLflow's own limit on the metrics of one request
 _BATCH_OF_WORDS = 100  # params or tags of one request
-_MAX_VALUE = 6000
+MAX_VALUE = 6000  # of a param
 _MAX_TAG = 5000
 _MAX_KEY = 250
+_DIGEST_OF_KEY = 6
 DIGEST_LENGTH = 32  # MLflow's column has room for 36
 # Uploads are answered when the server has stored them, which may take longer than other requests.
 _UPLOAD_TIMEOUT_S = 60
@@ -146,13 +148,13 @@ class Store:
         """
         from mlflow.entities import Param, RunTag
 
-        wanted = {legal(k): shortened(v, _MAX_VALUE) for k, v in self._facts.params.items()}
+        wanted = {legal(k): shortened(v, MAX_VALUE) for k, v in self._facts.params.items()}
         missing = [Param(key, value) for key, value in wanted.items() if key not in params]
         for start in range(0, len(missing), _BATCH_OF_WORDS):
             self._client.log_batch(self.run_id, params=missing[start : start + _BATCH_OF_WORDS])
         told = dict(self._facts.tags)
         for key, value in wanted.items():
-            tag = f"{_CHANGED_TAG}{key}"
+            tag = legal(f"{_CHANGED_TAG}{key}")
             # One that is as it was at first again has a tag that says otherwise.
             if tag in known_tags or params.get(key, value) != value:
                 told[tag] = value
@@ -232,9 +234,16 @@ class Store:
 
 @functools.lru_cache(maxsize=4096)  # asked for every point
 def legal(key: str) -> str:
-    """Return a key that MLflow takes: letters, digits and `_ - . space : /`, no odd paths."""
+    """Return a key that MLflow takes: letters, digits and `_ - . space : /`, no odd paths.
+
+    One that had to be changed ends with a digest of what it was: two names stay two.
+    """
     parts = re.sub(r"[^\w\-. :/]", "_", key).split("/")
-    return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:_MAX_KEY]
+    found = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    if found == key and len(key) <= _MAX_KEY:
+        return key
+    digest = hashlib.sha256(key.encode(errors="backslashreplace")).hexdigest()[:_DIGEST_OF_KEY]
+    return f"{found[: _MAX_KEY - 1 - _DIGEST_OF_KEY]}-{digest}"
 
 
 def shortened(value: str, size: int) -> str:

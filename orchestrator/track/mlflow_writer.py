@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from orchestrator.track.mlflow_store import (
     DESCRIPTION_TAG,
     FIRST_FAILURE_TAG,
     HARDWARE_TAG,
+    MAX_VALUE,
     Store,
+    legal,
 )
 from orchestrator.track.nodes import Nodes
 from orchestrator.track.origin import origin
@@ -63,6 +65,7 @@ class Writer:
         self.store: Store | None = None
         self._is_current = False
         self._refused: set[str] = set()
+        self._named: set[str] = set()
         self._known_run_id: str | None = None
         self._begin()
 
@@ -195,6 +198,8 @@ class Writer:
         if self._failure.text != known:
             self._untold[FIRST_FAILURE_TAG] = self._failure.text
         match record.get("kind"):
+            case "RunStarted":
+                self._tell_of_params()
             case "Window":
                 return  # known already: `_look_back` or `_keep_window`
             case "DataUsed":
@@ -211,13 +216,33 @@ class Writer:
                 self._is_open = True
             case "RunEnded":
                 self._note_end(record)
-        self._unsent.extend(self._points.feed(record))
+        points = self._points.feed(record)
+        self._tell_of_names("metric", {point.key for point in points})
+        self._unsent.extend(points)
         if self._points.window is not None and not self._kept_window:
             self._kept_window = True
             self._note(kind="Window", log_every_steps=self._points.window)
 
     def _note_end(self, record: Mapping[str, Any]) -> None:
         self._is_open, self._end_time_ms = False, round(record["time"] * 1000)
+
+    def _tell_of_params(self) -> None:
+        """Say once which params of this start MLflow has otherwise."""
+        self._tell_of_names("param", self._facts.params.keys())
+        for key, value in self._facts.params.items():
+            if len(value) > MAX_VALUE and f"value {key}" not in self._named:
+                self._named.add(f"value {key}")
+                self._notice(
+                    f"the param {key} has {len(value):,} characters: MLflow has the first ones, "
+                    f"config.yaml all (it takes {MAX_VALUE:,})"
+                )
+
+    def _tell_of_names(self, what: str, keys: Set[str]) -> None:
+        """Say once which names MLflow does not take, and what stands for them."""
+        for key in sorted(key for key in keys if f"{what} {key}" not in self._named):
+            self._named.add(f"{what} {key}")
+            if legal(key) != key:
+                self._notice(f"MLflow takes no {what} named {key!r}: there it is {legal(key)}")
 
     def _send(self, store: Store) -> None:
         """Send the points that have come together, but for those that MLflow has already."""
