@@ -87,6 +87,34 @@ def test_the_interface_lands_on_the_runs_and_ends_its_server(
     rig.wait_for(lambda: not answers(f"http://127.0.0.1:{port}/health"), "its server to be gone", 2)
 
 
+@pytest.mark.thorough
+def test_the_pages_of_a_run_and_of_its_model_show_what_is_on_record(
+    one_device: Ended, run: Any, tmp_path: Path
+) -> None:
+    (model,) = run.outputs.model_outputs
+    at, run_id = run.info.experiment_id, run.info.run_id
+    node = f"system/{socket.gethostname()}"
+    wanted = {
+        f"experiments/{at}/runs/{run_id}": ("finished", "load:", "eval/accuracy", "goodput/"),
+        f"experiments/{at}/runs/{run_id}/model-metrics": ("train", "goodput", "worker/0"),
+        f"experiments/{at}/runs/{run_id}/system-metrics": (node,),
+        f"experiments/{at}/runs/{run_id}/artifacts": ("report.html", "plots", "plan.txt", "code"),
+        f"experiments/{at}/models/{model.model_id}": ("model/size_bytes", "config_fingerprint"),
+        "models/blobs/versions/1": ("champion", one_device.run.root.name),
+    }
+    port = free_port()
+    arguments = (f"runs_dir={one_device.folder / 'runs'}", f"port={port}")
+    process = rig.start("ui", *arguments, cwd=tmp_path)
+    try:
+        rig.wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), "the interface")
+        for page, texts in wanted.items():
+            shown = dump_page(f"http://127.0.0.1:{port}/#/{page}")
+            assert [text for text in texts if text not in shown] == [], page
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+
+
 def dump_page(link: str) -> str:
     """Return a page's content once its scripts have run, as headless Chromium sees it."""
     browser = next(
