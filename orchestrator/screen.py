@@ -170,7 +170,8 @@ class Screen:
         """Redraw; without a terminal, say what is being waited for."""
         with self._lock:
             if self._live is not None:
-                self._live.refresh()
+                if not self._stream.is_held_up:
+                    self._live.refresh()
             elif self.state.phases and self._silence_s() >= _WAITING_S:
                 self._print([Line(self._phases_text())])
 

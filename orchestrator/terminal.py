@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
+import select
+import stat
+import threading
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -10,21 +15,40 @@ from typing import IO
 
 # What replaces the few signs beyond ASCII where the terminal cannot show them.
 _ASCII = str.maketrans({"×": "x", "·": "-", "…": "...", "→": "->", "━": "=", "─": "-", "╸": "="})
+# A terminal that is stopped (Ctrl-S), or a reader that is slow, is waited for once so long; then
+# so much is kept for it, and the rest is dropped.
+_PATIENCE_S = 1.0
+_MOST_KEPT_BYTES = 1 << 16
+_WRITE_BYTES = 4096
 # Text from a job or a library may hold control characters; a terminal would obey them.
 _CONTROLS = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: None}
 
 
 class SafeStream:
-    """Standard output that may be closed, cut or unable to encode: then output is dropped.
+    """Standard output that may be closed, cut, stopped or unable to encode: then it is dropped.
 
-    A reader that has left (`| head`), a terminal that is gone (EIO after SIGHUP) and a full disk
-    behind `> file` are no reasons to end a training.
+    A reader that has left (`| head`), a terminal that is gone (EIO after SIGHUP) or stopped
+    (Ctrl-S) and a full disk behind `> file` are no reasons to end a training, or to hold it up.
     """
 
     def __init__(self, stream: IO[str] | None):
         """Wrap a text stream; None, which Python gives for a closed standard output, is dropped."""
         self._stream = stream
-        self.dropped = stream is None
+        self._is_broken = stream is None
+        fd = _fd_of_a_reader(stream)
+        self._writer = _Writer(fd) if fd is not None else None
+        if self._writer is not None:
+            self._flush_stream()  # what others have printed comes first
+
+    @property
+    def dropped(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._is_broken or (self._writer is not None and self._writer.is_broken)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether what was written waits for a reader: only what must be told should be added."""
+        return self._writer is not None and self._writer.is_held_up
 
     @property
     def encoding(self) -> str:
@@ -43,19 +67,29 @@ class SafeStream:
         if self._stream is None or self.dropped:
             return len(text)
         try:
-            self._stream.write(self._encodable(text))
+            if self._writer is not None:
+                self._writer.put(self._encodable(text).encode(self.encoding))
+            else:
+                self._stream.write(self._encodable(text))
         except (OSError, ValueError):
-            self.dropped = True
+            self._is_broken = True
         return len(text)
 
     def flush(self) -> None:
         """Flush what can be flushed."""
-        if self._stream is None or self.dropped:
+        if self.dropped:
             return
+        if self._writer is not None:
+            self._writer.wait()
+        else:
+            self._flush_stream()
+
+    def _flush_stream(self) -> None:
+        assert self._stream is not None
         try:
             self._stream.flush()
         except (OSError, ValueError):
-            self.dropped = True
+            self._is_broken = True
 
     def _encodable(self, text: str) -> str:
         try:
@@ -64,6 +98,75 @@ class SafeStream:
             plain = text.translate(_ASCII)
             return plain.encode(self.encoding, "replace").decode(self.encoding)
         return text
+
+
+class _Writer:
+    """Writes from a thread of its own, the only one that a reader can hold up for long.
+
+    Attributes:
+        is_held_up: whether a reader was waited for in vain, until all that was kept is written.
+        is_broken: whether nobody can read it any more.
+    """
+
+    def __init__(self, fd: int):
+        self.is_held_up = False
+        self.is_broken = False
+        self._fd = fd
+        self._kept = bytearray()
+        self._changed = threading.Condition()
+        threading.Thread(target=self._write, name="terminal", daemon=True).start()
+
+    def put(self, data: bytes) -> None:
+        """Have something written; it is dropped as a whole where too much waits already."""
+        with self._changed:
+            if len(self._kept) >= _MOST_KEPT_BYTES:
+                self.wait()
+            if len(self._kept) < _MOST_KEPT_BYTES:
+                self._kept += data
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all is written, unless that was waited for in vain already."""
+        with self._changed:
+            if not self.is_held_up:
+                self.is_held_up = not self._changed.wait_for(self._is_idle, _PATIENCE_S)
+
+    def _is_idle(self) -> bool:
+        return self.is_broken or not self._kept
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._kept)
+                data = bytes(self._kept[:_WRITE_BYTES])
+            try:
+                # Not the stream's own buffer: its lock, held here, would abort Python's end.
+                count = os.write(self._fd, data)
+            except BlockingIOError:  # somebody else has set the terminal so
+                select.select([], [self._fd], [])
+                continue
+            except OSError:
+                count = 0
+            with self._changed:
+                del self._kept[:count]
+                self.is_broken = count == 0
+                if self._is_idle():
+                    self.is_held_up = False
+                    self._changed.notify_all()
+                if self.is_broken:
+                    return
+
+
+def _fd_of_a_reader(stream: IO[str] | None) -> int | None:
+    """Return the descriptor of a terminal, pipe or socket; None for files and what is none."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return None
+    try:
+        fd = stream.fileno()
+        mode = os.fstat(fd).st_mode
+    except (OSError, ValueError):
+        return None
+    return fd if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
 
 
 def can_draw(stream: SafeStream, environment: Mapping[str, str]) -> bool:

@@ -3,8 +3,10 @@
 import io
 import os
 import re
+import select
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -488,6 +490,54 @@ def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
     os.close(reader)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (7, b"")
+
+
+def read_until(reader: int, wanted: str) -> str:
+    """Return what a pipe or terminal gives up to some text; fails when it never comes."""
+    read, found = b"", select.poll()
+    found.register(reader, select.POLLIN)
+    while wanted.encode() not in read:
+        assert found.poll(30_000), f"{wanted!r} did not come: {read[-500:]!r}"
+        read += os.read(reader, 1 << 16)
+    return ESCAPES.sub("", read.decode())
+
+
+def is_done(action: Callable[[], object]) -> bool:
+    """Tell whether something ends, however long it may take."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(30)
+    return not thread.is_alive()
+
+
+@pytest.mark.parametrize("openpty", [False, True])
+def test_a_reader_that_stopped_holds_nothing_up_and_is_written_to_when_it_reads_again(
+    openpty: bool,
+) -> None:
+    reader, writer = os.openpty() if openpty else os.pipe()
+    lines = 4000  # of some 60 bytes; a pipe and what is kept for it hold 64 KiB each
+    with open(writer, "w") as stream:
+        try:
+            screen = Screen(HEADER, total_steps=1, global_batch_size=1, stream=stream, width=80)
+            told = read_until(reader, HEADER[1][-5:])
+            if openpty:
+                termios.tcflow(writer, termios.TCOOFF)  # Ctrl-S
+
+            def tell() -> None:
+                for number in range(lines):
+                    screen.notice(f"{number} " + 50 * "x")
+
+            assert is_done(tell)
+            assert is_done(screen.close)
+            if openpty:
+                termios.tcflow(writer, termios.TCOON)
+            told += read_until(reader, "note: 200 ")
+            assert all(f"note: {number} " in told for number in range(200))
+            while "last words" not in told:
+                screen.notice("last words")
+                told += read_until(reader, "\n")
+        finally:
+            os.close(reader)  # or a writer waited for ever
 
 
 def test_a_closed_standard_output_does_not_change_the_exit_code() -> None:

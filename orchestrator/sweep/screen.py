@@ -98,7 +98,7 @@ class SweepScreen:
         """Redraw the table, or say once in a while how far those are that run."""
         now = self._clock()
         if self._live is not None:
-            if now - self._drawn_s >= _REFRESH_S:
+            if now - self._drawn_s >= _REFRESH_S and not self._stream.is_held_up:
                 self._drawn_s = now
                 with self._lock:
                     self._live.refresh()
