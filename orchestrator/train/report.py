@@ -118,8 +118,7 @@ class Reporter:
 
         def beat() -> None:
             while not is_over.wait(interval_s):
-                gauge = self._gauge
-                detail = gauge() if gauge is not None else self._detail
+                detail = self._measured()
                 with self._lock:
                     self.tell(Beacon, phase=self.phase, step=self.step, detail=detail, begins=False)
 
@@ -130,6 +129,13 @@ class Reporter:
         finally:
             is_over.set()
             thread.join()
+
+    def _measured(self) -> str:
+        """Return how far the present phase has come; whatever a gauge raises ends no beacon."""
+        if (gauge := self._gauge) is not None:
+            with contextlib.suppress(Exception):
+                return gauge()
+        return self._detail
 
     def failed(self, error: BaseException) -> None:
         """Tell the whole story of an error: cause, the user's own frame, traceback."""
@@ -186,9 +192,11 @@ def folder_gauge(folder: Path) -> Callable[[], str]:
 
     def written() -> str:
         total = 0
-        for path in folder.rglob("*"):
-            with contextlib.suppress(OSError):  # renamed or removed meanwhile
-                total += path.stat().st_size
+        # Not rglob, which raises for a folder that is renamed or removed meanwhile (Python 3.11).
+        for root, _, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.stat(os.path.join(root, name)).st_size
         return f"{total / 1e6:,.1f} MB written"
 
     return written

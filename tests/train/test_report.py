@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,37 @@ def test_an_error_within_a_phase_is_told_with_it(tmp_path: Path) -> None:
 
 def test_a_gauge_of_a_folder_that_is_not_there_stands_at_nothing(tmp_path: Path) -> None:
     assert folder_gauge(tmp_path / "missing")() == "0.0 MB written"
+
+
+def test_a_gauge_bears_folders_that_come_and_go_under_its_eyes(tmp_path: Path) -> None:
+    is_over = threading.Event()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+            shutil.rmtree(tmp_path / "a")
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(2000):
+            assert folder_gauge(tmp_path)() == "0.0 MB written"
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def test_a_gauge_that_fails_ends_no_signs_of_life(tmp_path: Path) -> None:
+    def broken() -> str:
+        raise RuntimeError("out of order")
+
+    heard = Heard(tmp_path)
+    with heard.reporter.beating(INTERVAL_S):
+        heard.reporter.enter(Phase.stepping)
+        with heard.reporter.within(Phase.saving, broken):
+            heard.wait_for(Phase.saving)
+            heard.wait_for(Phase.saving)
+        heard.wait_for(Phase.stepping)
 
 
 OOM = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor on /device:GPU:0")
