@@ -6,7 +6,7 @@ position in the data: both follow from the step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,19 @@ def write_bundle(folder: Path, values: Mapping[str, tf.Tensor]) -> dict[str, Any
     }
 
 
-def read_model(path: Path) -> dict[str, np.ndarray]:
+def read_model(
+    path: Path, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, np.ndarray]:
     """Return the model's variables in a checkpoint, by path without counters.
+
+    Args:
+        path: the checkpoint's folder.
+        progress: takes a short text, often.
 
     Raises:
         ValueError: the checkpoint is damaged.
     """
-    store.verify(path)
+    store.verify(path, progress)
     keys = store.read_manifest(path)["variables"]
     reader = tf.train.load_checkpoint(str(path / BUNDLE))
     return {key.split(":", 1)[1]: reader.get_tensor(key) for key in keys if key.startswith(_MODEL)}
@@ -88,7 +94,11 @@ def read_section(path: Path, section: str) -> list[np.ndarray]:
 
 
 def restore(
-    path: Path, variables: Mapping[str, keras.Variable], *, model_only: bool = False
+    path: Path,
+    variables: Mapping[str, keras.Variable],
+    *,
+    model_only: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> int:
     """Set all variables to a checkpoint's values, under any strategy.
 
@@ -96,6 +106,7 @@ def restore(
         path: the checkpoint's folder.
         variables: what to set, by key.
         model_only: whether `variables` are those of the model alone.
+        progress: takes a short text, often.
 
     Returns:
         The step of the checkpoint.
@@ -105,7 +116,7 @@ def restore(
             optimizer: the message lists what is missing, extra or of another shape.
     """
     try:
-        store.verify(path)
+        store.verify(path, progress)
         manifest = store.read_manifest(path)
     except (OSError, ValueError) as error:
         raise RestoreError(f"checkpoint {path}: {error}") from error
@@ -124,8 +135,9 @@ def restore(
             "resume with the configuration and job it was made with, or start a new run"
         )
     reader = tf.train.load_checkpoint(str(path / BUNDLE))
-    for position, (_, variable) in wanted.items():
+    for number, (position, (_, variable)) in enumerate(wanted.items(), 1):
         variable.assign(reader.get_tensor(saved[position][0]))
+        progress(f"{number:,} of {len(wanted):,} variables read")
     return int(manifest["step"])
 
 

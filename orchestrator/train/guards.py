@@ -19,7 +19,7 @@ from orchestrator.train import store
 from orchestrator.train.agreement import Agreement, Wish
 from orchestrator.train.block import BlockResult
 from orchestrator.train.checkpoint import restore
-from orchestrator.train.report import Reporter, Stopped
+from orchestrator.train.report import Reporter, Stopped, folder_gauge
 from orchestrator.train.saver import Saver
 
 _SHOWN_IDS = 16
@@ -134,7 +134,8 @@ class NanGuard:
                     f"checkpoint of step {checkpoint}; going back there does not help"
                 )
             with self._reporter.within(Phase.restoring):
-                restore(self._folder(checkpoint), self._variables)
+                progress = self._reporter.progress
+                restore(self._folder(checkpoint), self._variables, progress=progress)
                 self._restored()
             if self._worker == 0:
                 text = f"{what}; the weights are those of step {checkpoint} again"
@@ -156,9 +157,12 @@ class NanGuard:
         number = 0
         if self._worker == 0:
             if self._saver is not None:
-                with self._reporter.within(Phase.saving):
+                written = folder_gauge(self._checkpoints_dir)
+                with self._reporter.within(Phase.saving, written):
                     self._saver.wait()
-            path = store.newest_valid(self._checkpoints_dir, accepts).path
+            with self._reporter.within(Phase.restoring):
+                progress = self._reporter.progress
+                path = store.newest_valid(self._checkpoints_dir, accepts, progress).path
             number = 0 if path is None else store.step_of(path) + 1
         agreed = self._agreement.decide(Wish(number=number)).number
         return agreed - 1 if agreed else None

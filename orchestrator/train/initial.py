@@ -7,7 +7,7 @@ path, and loaded where the shape is the same.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +60,26 @@ class Loaded:
         return self.table(_SHOWN)
 
 
-def load_initial(path: Path, job: Job, model: keras.Model) -> Loaded:
+def load_initial(
+    path: Path,
+    job: Job,
+    model: keras.Model,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Loaded:
     """Set the model's variables to those of a checkpoint folder or a `.weights.h5` file.
+
+    Args:
+        path: of the folder or file.
+        job: whose model it is.
+        model: whose variables are set.
+        progress: takes a short text, often, while a checkpoint is read.
 
     Raises:
         JobError: the source cannot be read, or none of its variables fits.
     """
     is_file = path.name.endswith(".weights.h5")
     try:
-        values = _from_h5(path, job) if is_file else read_model(path)
+        values = _from_h5(path, job) if is_file else read_model(path, progress)
     except (OSError, ValueError, KeyError) as error:
         raise JobError(f"train.init_from={path} cannot be read: {error}") from error
     loaded = _assign(values, model)

@@ -23,7 +23,7 @@ from orchestrator.train.job import Progress
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.pace import Pace
 from orchestrator.train.profile import Profile
-from orchestrator.train.report import Reporter
+from orchestrator.train.report import Reporter, folder_gauge
 from orchestrator.train.saver import Saver
 from orchestrator.train.saving import Saving
 from orchestrator.train.schedule import BlockLength, Schedule
@@ -249,7 +249,8 @@ class Loop:
             self._saving.save_last(step, best, owes_evaluation=self._owes_evaluation)
         elif decision.save:
             # A save may wait for the one before, and that for the disk.
-            with self._parts.reporter.within(Phase.saving):
+            written = folder_gauge(self._plan.paths.checkpoints_dir)
+            with self._parts.reporter.within(Phase.saving, written):
                 self._saving.save(step, best)
             self._is_best = False
 

@@ -144,11 +144,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, progress: Callable[[str], None] = lambda text: None) -> None:
     """Check every file of a checkpoint against its manifest.
 
     A file that the manifest does not know, such as one of the file system's own, is nobody's
     damage: it is not read.
+
+    Args:
+        path: of the checkpoint.
+        progress: takes a short text, often.
 
     Raises:
         ValueError: what is wrong, in words that follow the folder's name.
@@ -160,11 +164,18 @@ def verify(path: Path) -> None:
     for file in path.iterdir():
         if file.is_symlink():
             raise ValueError(f"{file.name} is a symbolic link; a checkpoint holds files only")
+    num_bytes = 0
+
+    def told(count: int) -> None:
+        nonlocal num_bytes
+        num_bytes += count
+        progress(f"{num_bytes / 1e6:,.1f} MB checked")
+
     for name, entry in manifest["files"].items():
-        _verify_file(path, name, entry)
+        _verify_file(path, name, entry, told)
 
 
-def _verify_file(path: Path, name: str, entry: Any) -> None:
+def _verify_file(path: Path, name: str, entry: Any, told: Callable[[int], None]) -> None:
     if name in ("", ".", "..") or "/" in name:
         raise ValueError(f"manifest.json names {name!r}, which is not a file of this folder")
     if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
@@ -175,7 +186,7 @@ def _verify_file(path: Path, name: str, entry: Any) -> None:
     size = file.stat().st_size
     if size != entry["bytes"]:
         raise ValueError(f"{name} has {size} bytes instead of {entry['bytes']}")
-    if _sha256(file) != entry["sha256"]:
+    if _sha256(file, told) != entry["sha256"]:
         raise ValueError(f"{name} does not have the content that was written")
 
 
@@ -197,18 +208,21 @@ def attempt_of(path: Path) -> int | None:
 
 
 def newest_valid(
-    checkpoints_dir: Path, accepts: Callable[[Path], bool] = lambda path: True
+    checkpoints_dir: Path,
+    accepts: Callable[[Path], bool] = lambda path: True,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Search:
     """Find the newest checkpoint whose every byte is as written.
 
     Args:
         checkpoints_dir: the folder of all checkpoints.
         accepts: tells which of them to look at.
+        progress: takes a short text, often.
     """
     damaged = []
     for path in filter(accepts, list_checkpoints(checkpoints_dir)):
         try:
-            verify(path)
+            verify(path, progress)
         except ValueError as error:
             damaged.append(Damage(path, str(error)))
         except OSError as error:
@@ -248,9 +262,10 @@ def _sum_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, told: Callable[[int], None] = lambda count: None) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
+            told(len(chunk))
     return digest.hexdigest()

@@ -97,13 +97,13 @@ def _begin_with(order: WorkerOrder, reporter: Reporter, made: Made) -> int:
     """Set the variables that training begins with; return the step they belong to."""
     if order.restore_from is not None:
         reporter.enter(Phase.restoring, order.restore_from)
-        step = restore(Path(order.restore_from), made.variables)
+        step = restore(Path(order.restore_from), made.variables, progress=reporter.progress)
         made.optimizers.take_configured_rates()
         return step
     path = order.plan.init_from
     if path is not None:
         reporter.enter(Phase.restoring, path)
-        loaded = load_initial(Path(path), made.job, made.model)
+        loaded = load_initial(Path(path), made.job, made.model, reporter.progress)
         reporter.log(f"train.init_from={path}: {loaded.table()}")
         if order.worker == 0:
             reporter.tell(Notice, text=f"weights of {path}: {loaded.summary()}")

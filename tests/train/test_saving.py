@@ -16,7 +16,7 @@ from orchestrator.spec.messages import Message, Saved, SaveFailed, WorkerOrder
 from orchestrator.train import store
 from orchestrator.train.agreement import Agreement
 from orchestrator.train.best import Best
-from orchestrator.train.checkpoint import read_model
+from orchestrator.train.checkpoint import read_model, restore
 from orchestrator.train.data import Feeder, Order
 from orchestrator.train.report import Reporter
 from orchestrator.train.saver import Saver, make_saver
@@ -166,6 +166,15 @@ def test_what_was_best_and_could_not_be_written_is_dropped_for_a_better_one(
     desk.saving.save(5, best_of(5))
     desk.saver.wait()
     assert desk.steps() == [5]
+
+
+def test_who_restores_a_checkpoint_tells_how_far_that_is(tmp_path: Path) -> None:
+    desk, told = Desk(tmp_path), list[str]()
+    desk.saving.save(4, None)
+    desk.saver.wait()
+    path = desk.plan.paths.checkpoints_dir / store.checkpoint_name(4)
+    assert restore(path, desk.variables, progress=told.append) == 4
+    assert told[0].endswith(" MB checked") and told[-1] == "1 of 1 variables read"
 
 
 def test_too_many_failures_in_a_row_end_the_run(tmp_path: Path) -> None:

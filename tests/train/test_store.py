@@ -166,6 +166,12 @@ def test_a_manifest_that_is_none_is_passed_over(tmp_path: Path, text: str) -> No
     assert "manifest" in search.damaged[0].reason
 
 
+def test_who_checks_a_checkpoint_tells_how_far_that_is(tmp_path: Path) -> None:
+    told: list[str] = []
+    store.verify(make(tmp_path, 4, bytes(3_000_000)), told.append)
+    assert told == ["1.0 MB checked", "2.1 MB checked", "3.0 MB checked", "3.0 MB checked"]
+
+
 def test_staged_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
     staged = tmp_path / ".attempt-1" / store.checkpoint_name(30)
     staged.mkdir(parents=True)

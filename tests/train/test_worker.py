@@ -324,3 +324,29 @@ def test_a_checkpoint_that_is_being_written_is_not_lost_with_an_error(tmp_path: 
     )
     kinds = [type(message) for message in told if isinstance(message, Saved | Failed)]
     assert kinds == [Saved, Failed]
+
+
+def test_a_best_evaluation_that_waits_for_the_save_before_tells_how_far_that_is(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_plan(tmp_path).paths.chaos_dir
+    folder.mkdir(parents=True)
+    (folder / "hold-save").touch()
+    waited: list[str] = []
+
+    def release(message: Message) -> None:
+        if isinstance(message, Beacon) and message.phase is Phase.saving and not message.begins:
+            waited.append(message.detail)
+            (folder / "release-save").touch()
+
+    told = live(
+        tmp_path,
+        on_message=release,
+        best__metric="loss",
+        train__eval_every_steps=4,
+        train__steps=8,
+        chaos__step_ms=0.0,
+        export__enabled=False,
+    )
+    assert [saved.step for saved in only(told, Saved)] == [4, 8]
+    assert waited and waited[0].endswith(" MB written")
