@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import signal
 import threading
 from typing import NoReturn
@@ -20,8 +22,8 @@ class Link:
         self._message_fd = message_fd
         self._control_fd = control_fd
         self._write_lock = threading.Lock()
-        self._pending: set[Request] = set()
-        self._pending_lock = threading.Lock()
+        # A lock that `pending` holds would stop a signal's handler, and with it this thread.
+        self._pending: queue.SimpleQueue[Request] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="link", daemon=True).start()
 
     def send(self, message: Message) -> None:
@@ -33,14 +35,15 @@ class Link:
 
     def pending(self) -> set[Request]:
         """Return the requests that came since the last call."""
-        with self._pending_lock:
-            requests, self._pending = self._pending, set()
+        requests = set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                requests.add(self._pending.get_nowait())
         return requests
 
     def ask(self, request: Request) -> None:
-        """Note a request, also one that came by signal."""
-        with self._pending_lock:
-            self._pending.add(request)
+        """Note a request; callable from any thread and from a signal's handler."""
+        self._pending.put(request)
 
     def stay(self) -> NoReturn:
         """Do nothing until the agent ends this process or is gone itself."""
