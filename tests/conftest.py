@@ -42,6 +42,18 @@ def zygote() -> Iterator[Zygote]:
     started.close()
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder of a process that is not root, whom no permission stops."""
+    with tempfile.TemporaryDirectory() as folder:
+        user, nobody = os.geteuid(), 65534
+        if user == 0:
+            os.chown(folder, nobody, -1)
+            os.seteuid(nobody)
+        yield Path(folder)
+        os.seteuid(user)
+
+
 def read_allowed_skips(text: str) -> list[str]:
     """Return the node ids in `text`: one a line, the reason after `#`, other lines blank."""
     lines = (line.split("#", 1)[0].strip() for line in text.splitlines())

@@ -24,12 +24,12 @@ def prepare(paths: RunPaths, attempt: int) -> None:
         attempt: its number.
 
     Raises:
-        StorageError: the folders cannot be made.
+        StorageError: the folders cannot be made, or others not taken away.
     """
     for folder in (paths.root, paths.checkpoints_dir):
         for pattern in _LITTER:
             for path in folder.glob(pattern):
-                _take_away(path)
+                _bury(path)
     for staging in (paths.staging_dir(attempt), paths.export_staging_dir(attempt)):
         try:
             staging.mkdir(parents=True)
@@ -42,9 +42,23 @@ def prepare(paths: RunPaths, attempt: int) -> None:
 
 
 def bury(paths: RunPaths, attempt: int) -> None:
-    """Take its staging folders from an attempt: what it still writes can appear nowhere."""
+    """Take its staging folders from an attempt: what it still writes can appear nowhere.
+
+    Raises:
+        StorageError: they cannot be taken: no other attempt may begin.
+    """
     for staging in (paths.staging_dir(attempt), paths.export_staging_dir(attempt)):
-        _take_away(staging)
+        _bury(staging)
+
+
+def _bury(path: Path) -> None:
+    try:
+        _take_away(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot take {path} away, where an attempt that is over may still write: "
+            f"{error.strerror}; see that its folder can be written, then resume the run"
+        ) from error
 
 
 def _take_away(path: Path) -> None:

@@ -106,13 +106,22 @@ def commit(
 
 
 def recover(checkpoints_dir: Path) -> None:
-    """Put back a checkpoint whose replacement was cut short; only while nobody saves."""
+    """Put back a checkpoint whose replacement was cut short; only while nobody saves.
+
+    Raises:
+        StorageError: it cannot be put back.
+    """
     for aside in checkpoints_dir.glob(f"{_REPLACED}step-*"):
         target = aside.with_name(aside.name.removeprefix(_REPLACED))
         if os.path.lexists(target):
             remove(aside)
-        else:
+            continue
+        try:
             aside.rename(target)
+        except OSError as error:
+            raise StorageError(
+                f"cannot put the checkpoint {aside} back as {target.name}: {error.strerror}"
+            ) from error
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -191,10 +200,19 @@ def _verify_file(path: Path, name: str, entry: Any, told: Callable[[int], None])
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first, valid or not."""
-    if not checkpoints_dir.is_dir():
+    """Return the checkpoint folders, newest first, valid or not.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    try:
+        found = [path for path in checkpoints_dir.iterdir() if _NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in checkpoints_dir.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError as error:
+        raise StorageError(
+            f"cannot look for checkpoints in {checkpoints_dir}: {error.strerror}"
+        ) from error
     return sorted(found, key=step_of, reverse=True)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +107,6 @@ def test_damaged_checkpoints_are_passed_over_with_their_reason(
     assert all(reason in item.reason for item in search.damaged)
 
 
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder of a process that is not root, whom no permission stops."""
-    with tempfile.TemporaryDirectory() as folder:
-        user, nobody = os.geteuid(), 65534
-        if user == 0:
-            os.chown(folder, nobody, -1)
-            os.seteuid(nobody)
-        yield Path(folder)
-        os.seteuid(user)
-
-
 @pytest.mark.parametrize("name", ["variables.data", store.MANIFEST, ""])
 def test_a_checkpoint_that_may_not_be_read_is_passed_over(open_folder: Path, name: str) -> None:
     good, bad = make(open_folder, 10), make(open_folder, 20)
@@ -206,6 +192,18 @@ def test_a_replacement_that_was_cut_short_is_put_right(tmp_path: Path) -> None:
     store.recover(tmp_path)
     assert [store.step_of(path) for path in store.list_checkpoints(tmp_path)] == [20, 10]
     assert not list(tmp_path.glob(".replaced-*"))
+
+
+def test_a_folder_that_cannot_be_read_or_written_is_a_fault_of_storage(open_folder: Path) -> None:
+    (open_folder / f".replaced-{make(open_folder, 10).name}").mkdir()
+    (open_folder / "step-00000010").rename(open_folder / "elsewhere")
+    open_folder.chmod(0o500)
+    with pytest.raises(StorageError, match=r"put .*/.replaced-step-00000010 back.*Permission"):
+        store.recover(open_folder)
+    open_folder.chmod(0)
+    with pytest.raises(StorageError, match=f"checkpoints in {open_folder}: Permission denied"):
+        store.newest_valid(open_folder)
+    open_folder.chmod(0o700)
 
 
 def test_the_newest_and_the_best_are_kept_and_what_was_passed_over_does_not_count(
