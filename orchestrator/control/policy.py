@@ -157,8 +157,8 @@ class Situation:
 def decide(situation: Situation, config: RecoveryConfig) -> Retry | Wait | GiveUp:
     """Decide what follows the last failure of a history.
 
-    The job's own errors are retried once, if a step was made before: the same code on the same
-    data fails again, unless the machine was to blame. Everything that is not the job's fault is
+    The job's own errors are retried once, if the run has ever made a step: the same code on the
+    same data fails again, unless the machine was to blame. Everything that is not the job's fault is
     retried until the budget of its cause has brought no new checkpoint.
     """
     history = situation.history
@@ -236,7 +236,8 @@ def _hopeless(history: Sequence[Failure]) -> GiveUp | None:
         return GiveUp(_FATAL[last.cause], "a restart would not help")
     if last.cause is not Cause.job:
         return None
-    if not last.made_steps:
+    # An attempt that goes on from a checkpoint runs code that has made steps before.
+    if last.began_at == 0 and not any(failure.made_steps for failure in history):
         return GiveUp(JobError, "it failed before its first step: a restart would not help")
     if any(_same(last, earlier) for earlier in history[:-1]):
         return GiveUp(JobError, "it failed twice in the same way at the same step")

@@ -227,6 +227,20 @@ def test_a_job_error_before_the_first_step_is_not_retried() -> None:
 
 
 @pytest.mark.parametrize(
+    "history",
+    [
+        pytest.param([failure(Cause.job, made_steps=False, began_at=4)], id="of a resumed run"),
+        pytest.param([DEATH, failure(Cause.job, made_steps=False)], id="without a checkpoint"),
+    ],
+)
+def test_a_job_error_before_the_first_step_of_a_later_attempt_is_retried_once(
+    history: list[Failure],
+) -> None:
+    assert isinstance(decision(history), Retry)
+    assert isinstance(decision([*history, history[-1]], max_restarts=9), GiveUp)
+
+
+@pytest.mark.parametrize(
     ("cause", "error"),
     [
         (Cause.restore, RestoreError),
