@@ -158,8 +158,8 @@ def decide(situation: Situation, config: RecoveryConfig) -> Retry | Wait | GiveU
     """Decide what follows the last failure of a history.
 
     The job's own errors are retried once, if the run has ever made a step: the same code on the
-    same data fails again, unless the machine was to blame. Everything that is not the job's fault is
-    retried until the budget of its cause has brought no new checkpoint.
+    same data fails again, unless the machine was to blame. Everything that is not the job's fault
+    is retried until the budget of its cause has brought no new checkpoint.
     """
     history = situation.history
     hopeless = _hopeless(history)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# What says how one start of a run is made, or where it is kept; not what is computed.
-_NOT_COMPUTED = ("run_name", "resume", "resume_allow", "runs_dir", "tracking.", "export.", "chaos.")
+from orchestrator.spec.fingerprint import fingerprint
+
 _JUDGED_BY = ("best.metric", "best.mode", "best.min_delta")
 # Evaluations made again under other workers agree to about so much, relative.
 _SAME = 1e-4
@@ -137,10 +135,3 @@ def origin(records: Iterable[Mapping[str, Any]]) -> Origin:
     for record in records:
         found.observe(record)
     return found
-
-
-def fingerprint(params: Mapping[str, str]) -> str:
-    """Return a digest of the settings that decide what a run computes."""
-    kept = {key: value for key, value in params.items() if not key.startswith(_NOT_COMPUTED)}
-    text = json.dumps(kept, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()

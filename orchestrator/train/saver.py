@@ -14,6 +14,8 @@ import keras
 import tensorflow as tf
 
 from orchestrator.errors import StorageError
+from orchestrator.spec.config import flatten
+from orchestrator.spec.fingerprint import fingerprint
 from orchestrator.spec.messages import Notice, Saved, SaveFailed, WorkerOrder
 from orchestrator.spec.paths import STAGING_MARK, RunPaths
 from orchestrator.train import store
@@ -247,7 +249,12 @@ def make_saver(
         variables,
         keep=checkpoint.keep,
         max_failed=checkpoint.max_failed_saves,
-        facts={"run": plan.run, "attempt": order.attempt, "versions": versions},
+        facts={
+            "run": plan.run,
+            "attempt": order.attempt,
+            "config_fingerprint": fingerprint(flatten(plan.config)),
+            "versions": versions,
+        },
         announce=reporter.tell,
         before_commit=pace.before_commit if pace is not None else None,
     )

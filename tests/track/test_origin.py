@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.track.origin import Origin, fingerprint, origin
+from orchestrator.spec.fingerprint import fingerprint
+from orchestrator.track.origin import Origin, origin
 from tests.track import rig
 
 BEST = {

@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from orchestrator.control.folders import bury, prepare
 from orchestrator.errors import StorageError
+from orchestrator.spec.config import flatten
+from orchestrator.spec.fingerprint import fingerprint
 from orchestrator.spec.messages import Message, Saved, SaveFailed, WorkerOrder
 from orchestrator.train import store
 from orchestrator.train.agreement import Agreement
@@ -166,6 +168,18 @@ def test_what_was_best_and_could_not_be_written_is_dropped_for_a_better_one(
     desk.saving.save(5, best_of(5))
     desk.saver.wait()
     assert desk.steps() == [5]
+
+
+def test_a_manifest_says_what_the_checkpoint_was_computed_with(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    saver = make_saver(desk.order, desk.reporter, desk.variables, {"keras": "3"})
+    assert saver is not None
+    saver.save(4)
+    saver.close()
+    manifest = store.read_manifest(desk.plan.paths.checkpoints_dir / store.checkpoint_name(4))
+    assert (manifest["run"], manifest["attempt"]) == (desk.plan.run, 1)
+    assert manifest["versions"] == {"keras": "3"}
+    assert manifest["config_fingerprint"] == fingerprint(flatten(desk.plan.config))
 
 
 def test_who_restores_a_checkpoint_tells_how_far_that_is(tmp_path: Path) -> None:
