@@ -114,7 +114,8 @@ def assemble(
     shards = make_shards(plan.replica_batch_sizes, plan.worker_replicas(order.worker))
     resident = Resident(made.train_source, made.devices)
     evaluation = _evaluation(order, reporter, made)
-    saver = make_saver(order, reporter, made.variables, versions())
+    has_streams = isinstance(made.train_source, StreamSource)
+    saver = make_saver(order, reporter, made.variables, versions(), has_streams=has_streams)
     agreement = Agreement(made.strategy, plan, order.worker)
     return Parts(
         plan=plan,
@@ -144,7 +145,7 @@ def assemble(
             agreement,
             saver,
             made.variables,
-            can_go_back=not isinstance(made.train_source, StreamSource),
+            can_go_back=not has_streams,
             restored=made.optimizers.take_configured_rates,
         ),
         audit=_audit(order, made),

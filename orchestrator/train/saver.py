@@ -48,6 +48,7 @@ class Saver:
         variables: Mapping[str, keras.Variable],
         *,
         keep: int,
+        has_streams: bool = False,
         facts: Mapping[str, Any],
         announce: Callable[..., None],
         max_failed: int | None = None,
@@ -62,6 +63,8 @@ class Saver:
                 an attempt that is over cannot commit any more once the folder is renamed away.
             variables: what to save, by key.
             keep: how many checkpoints stay.
+            has_streams: whether workers lay the state of streams beside a checkpoint that is due:
+                one that is made up for later has weights only.
             facts: what the manifest says besides step and variables.
             announce: called with the fields of `Saved` when a checkpoint is durable, or with those
                 of `SaveFailed`.
@@ -76,6 +79,7 @@ class Saver:
         self._staging_dir = paths.staging_dir(attempt)
         self._variables = variables
         self._keep = keep
+        self._has_streams = has_streams
         self._facts = facts
         self._announce = announce
         self._max_failed = max_failed
@@ -109,14 +113,17 @@ class Saver:
         """
         start = time.monotonic()
         self.wait()
-        # A copy on the next write: the values of this step stay, without a pause to copy them.
-        snapshot = {key: tf.identity(local_value(v)) for key, v in self._variables.items()}
+        snapshot = self._snapshot()
         stall_s = time.monotonic() - start
         facts = best.facts() if best is not None else {}
         if owes_evaluation:
             facts = {**facts, _OWES_EVALUATION: True}
         best_step = best.step if best is not None else None
         self._pending = self._thread.submit(self._write, step, snapshot, stall_s, facts, best_step)
+
+    def _snapshot(self) -> dict[str, tf.Tensor]:
+        # A copy on the next write: the values of this step stay, without a pause to copy them.
+        return {key: tf.identity(local_value(v)) for key, v in self._variables.items()}
 
     def is_busy(self, patience_s: float = 0.0) -> bool:
         """Tell whether a save is still under way after so long."""
@@ -139,6 +146,10 @@ class Saver:
         self.wait()
         self._thread.shutdown()
 
+    def owe(self, step: int, best: Best) -> None:
+        """Remember the weights of the best evaluation, whose save cannot come about."""
+        self._owed = (step, self._snapshot(), best.facts())
+
     def fail(self, step: int, error: str) -> None:
         """Count a save that cannot come about, and remove what was staged for it."""
         remove(self._staging_dir / store.checkpoint_name(step))
@@ -156,7 +167,8 @@ class Saver:
         start = time.monotonic()
         target = self._paths.checkpoints_dir / store.checkpoint_name(step)
         try:
-            self._commit_owed(best_step)
+            if step != best_step:
+                self._commit_owed(best_step)
             num_bytes = self._commit(step, snapshot, facts, target)
         except (StorageError, OSError, tf.errors.OpError) as error:
             if step == best_step:
@@ -170,7 +182,7 @@ class Saver:
                 limit=self._max_failed,
             )
             return
-        self.num_failed, self.error = 0, ""
+        self.num_failed, self.error, self._owed = 0, "", None
         store.prune(self._paths.checkpoints_dir, self._keep, best_step, newest=step)
         wall_s = time.monotonic() - start
         self._announce(
@@ -182,6 +194,8 @@ class Saver:
         if self._owed is not None and self._owed[0] == best_step:
             start, (step, snapshot, facts) = time.monotonic(), self._owed
             target = self._paths.checkpoints_dir / store.checkpoint_name(step)
+            if self._has_streams:
+                facts = {**facts, store.WEIGHTS_ONLY: True}
             num_bytes = self._commit(step, snapshot, facts, target)
             wall_s = time.monotonic() - start
             self._announce(
@@ -225,6 +239,8 @@ def make_saver(
     reporter: Reporter,
     variables: Mapping[str, keras.Variable],
     versions: Mapping[str, str],
+    *,
+    has_streams: bool = False,
 ) -> Saver | None:
     """Return what writes checkpoints: the chief's; None for other workers.
 
@@ -248,6 +264,7 @@ def make_saver(
         order.attempt,
         variables,
         keep=checkpoint.keep,
+        has_streams=has_streams,
         max_failed=checkpoint.max_failed_saves,
         facts={
             "run": plan.run,

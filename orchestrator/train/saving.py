@@ -105,7 +105,7 @@ class Saving:
             StorageError: saving has failed too often, or this attempt is over.
             Stopped: the same, on workers that leave the telling to another.
         """
-        if self._save_streams(step) and self._saver is not None:
+        if self._save_streams(step, best) and self._saver is not None:
             self._saver.save(step, best, owes_evaluation=owes_evaluation)
         self._is_owed = self._has_waited = False
         self._last_save = self._clock()
@@ -140,7 +140,7 @@ class Saving:
             f"{self._saver.error}. {self._what_to_do()}"
         )
 
-    def _save_streams(self, step: int) -> bool:
+    def _save_streams(self, step: int, best: Best | None) -> bool:
         """Write every worker's streams; tell whether all have succeeded.
 
         The chief commits the folder only once they all lie in it.
@@ -165,6 +165,8 @@ class Saving:
         if self._saver is not None:
             self._saver.wait()
             self._saver.fail(step, str(error or "another worker could not write its streams"))
+            if best is not None and best.step == step:
+                self._saver.owe(step, best)
         if self._limit is not None and count >= self._limit:
             if error is None:
                 raise Stopped("saving failed too often; the worker that cannot write tells why")

@@ -22,6 +22,8 @@ from orchestrator.train.rename import flush, put_in_place, remove
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# In a manifest: the checkpoint can be exported, but training cannot go on from it.
+WEIGHTS_ONLY = "weights_only"
 _NAME = re.compile(r"step-(\d{8,})$")
 _REPLACED = ".replaced-"
 _MANIFEST_SUM = "manifest_sha256"
@@ -230,7 +232,7 @@ def newest_valid(
     accepts: Callable[[Path], bool] = lambda path: True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Search:
-    """Find the newest checkpoint whose every byte is as written.
+    """Find the newest checkpoint to go on from whose every byte is as written.
 
     Args:
         checkpoints_dir: the folder of all checkpoints.
@@ -241,6 +243,8 @@ def newest_valid(
     for path in filter(accepts, list_checkpoints(checkpoints_dir)):
         try:
             verify(path, progress)
+            if read_manifest(path).get(WEIGHTS_ONLY):
+                continue
         except ValueError as error:
             damaged.append(Damage(path, str(error)))
         except OSError as error:

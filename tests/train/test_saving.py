@@ -20,18 +20,22 @@ from orchestrator.train.agreement import Agreement
 from orchestrator.train.best import Best
 from orchestrator.train.checkpoint import read_model, restore
 from orchestrator.train.data import Feeder, Order
+from orchestrator.train.rename import remove
 from orchestrator.train.report import Reporter
 from orchestrator.train.saver import Saver, make_saver
 from orchestrator.train.saving import Saving
 from orchestrator.train.sources import Split
+from orchestrator.train.stream_feeder import StreamFeeder
+from orchestrator.train.streams import StreamSource
 from tests.plans import tiny_plan
+from tests.train import streaming
 from tests.train.tiny import clusters
 
 
 class Desk:
     """One worker's saving on a clock that the test moves; `gate` holds the saver's thread up."""
 
-    def __init__(self, folder: Path, *, keep: int = 9, **changes: Any):
+    def __init__(self, folder: Path, *, keep: int = 9, streams: bool = False, **changes: Any):
         self.plan = tiny_plan(folder, **changes)
         prepare(self.plan.paths, 1)
         self.now = 1000.0
@@ -53,17 +57,26 @@ class Desk:
             1,
             self.variables,
             keep=keep,
+            has_streams=streams,
             facts={},
             announce=self._announce,
             clock=lambda: self.now,
         )
-        source = clusters(Split.TRAIN, 96)
+        self.feeder: Feeder | StreamFeeder
+        if streams:
+            stream = StreamSource(streaming.plain)
+            stream.open(range(1), 1, 0, 96)
+            staging_dir = self.plan.paths.staging_dir(1)
+            self.feeder = StreamFeeder(stream, range(1), [4], staging_dir=staging_dir)
+        else:
+            source = clusters(Split.TRAIN, 96)
+            self.feeder = Feeder(source, Order(0, 96), [], 16, resident=True)
         self.saving = Saving(
             self.plan,
             reporter,
             Agreement(tf.distribute.get_strategy(), self.plan, 0),
             self.saver,
-            Feeder(source, Order(0, 96), [], 16, resident=True),
+            self.feeder,
             clock=lambda: self.now,
             sleep=self._sleep,
         )
@@ -189,6 +202,42 @@ def test_who_restores_a_checkpoint_tells_how_far_that_is(tmp_path: Path) -> None
     path = desk.plan.paths.checkpoints_dir / store.checkpoint_name(4)
     assert restore(path, desk.variables, progress=told.append) == 4
     assert told[0].endswith(" MB checked") and told[-1] == "1 of 1 variables read"
+
+
+def test_of_the_best_step_whose_streams_cannot_be_written_the_weights_are_kept(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, keep=1, streams=True)
+    checkpoints_dir = desk.plan.paths.checkpoints_dir
+    desk.feeder.take(0, 4)
+    desk.block(4)
+    desk.variables["model/0:w"].assign([2.0] * 4)
+    desk.saving.save(4, best_of(4))
+    assert desk.steps() == [] and [m.step for m in desk.only(SaveFailed)] == [4]
+    desk.feeder.take(4, 1)
+    desk.variables["model/0:w"].assign([3.0] * 4)
+    desk.saving.save(5, best_of(4))
+    desk.saver.wait()
+    assert desk.steps() == [5, 4]
+    newest, best = store.list_checkpoints(checkpoints_dir)
+    (weights,) = read_model(best).values()
+    assert weights.tolist() == [2.0] * 4
+    # Without its streams nobody goes on from it.
+    assert store.newest_valid(checkpoints_dir).path == newest
+    remove(newest)
+    assert store.newest_valid(checkpoints_dir).path is None
+
+
+def test_the_last_save_that_is_tried_again_has_its_streams(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, streams=True)
+    desk.feeder.take(0, 4)
+    staged = desk.plan.paths.staging_dir(1) / store.checkpoint_name(4)
+    (staged / "variables.data-00000-of-00001").mkdir(parents=True)  # the weights find no place
+    desk.saving.save_last(4, best_of(4))
+    assert [m.step for m in desk.only(SaveFailed)] == [4]
+    [path] = store.list_checkpoints(desk.plan.paths.checkpoints_dir)
+    assert "stream-0.npz" in store.read_manifest(path)["files"]
+    assert store.newest_valid(path.parent).path == path
 
 
 def test_too_many_failures_in_a_row_end_the_run(tmp_path: Path) -> None:
