@@ -81,4 +81,6 @@ def test_a_network_that_a_host_lacks_is_refused_with_those_it_has(
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 6, out
     said = " ".join(out.split())
-    assert "cluster.interface=ib0: host-" in said and f"eth0 {Hosts.ip(0)}" in said
+    assert "cluster.interface=ib0: host-" in said
+    # Which of the two gets the first worker, and is named, Ray decides.
+    assert any(f"eth0 {Hosts.ip(host)}" in said for host in range(2))
