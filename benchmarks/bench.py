@@ -84,7 +84,8 @@ class Bench:
     def seconds(self, command: Command) -> list[float]:
         """Return how long a command, or its ending, took, once for each pair."""
         key = command.key
-        if "train" in command.arguments and not self._state.samples(f"uncounted {key}"):
+        fetches = {"train", "doctor"} & set(command.arguments)
+        if fetches and not self._state.samples(f"uncounted {key}"):
             # It may have to fetch the data first.
             self._state.add(f"uncounted {key}", [*run_command(command.arguments, self._folder)])
         while len(self._state.samples(key)) < self._pairs:

@@ -128,6 +128,7 @@ _TEXTS = {
 COMMANDS = (
     Command("help", "`--help`", "< 1", ("--help",)),
     Command("plan", "`plan job=mnist`", "< 2", ("plan", "job=mnist")),
+    Command("doctor", "`doctor job=mnist`, data at hand", "< 15", ("doctor", "job=mnist")),
     Command("again", "`train job=mnist`, data at hand, in all", "≤ 25", ("train", "job=mnist")),
     Command(
         "finish",

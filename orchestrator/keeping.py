@@ -93,6 +93,16 @@ def down() -> ExitCode:
     return ExitCode.DONE
 
 
+def could_be_kept(config: RunConfig) -> bool:
+    """Tell whether runs like this one would begin with what `up` keeps, and nothing is kept."""
+    if config.cluster.name is not ClusterName.local or not config.cluster.fork:
+        return False
+    try:
+        return not isinstance(kept.read_state(kept.state_file()), Kept)
+    except ClusterError:
+        return False  # nothing can be kept here
+
+
 def hold_for(config: RunConfig, plan: RunPlan) -> tuple[Hold | None, list[str]]:
     """Claim what is kept here for a run, if there is anything and it fits.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.guardian import Guard, guarded
+from orchestrator.keeping import could_be_kept
 from orchestrator.lease import Lease
 from orchestrator.signals import Stops
 from orchestrator.spec.config import load_kept
@@ -152,6 +153,11 @@ class Sweeping:
             words = [state.status for state in self._states]
             told = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
             self._screen.say(f"begun before: {told}; configurations are those of the first call")
+        if sum(state.is_open for state in self._states) > 1 and could_be_kept(self._config):
+            self._screen.say(
+                "each child starts a Ray and imports TensorFlow for itself; after `make up` they "
+                "begin in a breath"
+            )
 
     def _train(self, left: list[ChildState]) -> None:
         pending, running = list(left), list[ChildState]()

@@ -21,6 +21,9 @@ from orchestrator.control.holding import Hold, take_hold
 from orchestrator.control.keeper import Keeper
 from orchestrator.control.kept import Gone, Kept, read_state, surroundings, write_state
 from orchestrator.control.processes import Process
+from orchestrator.keeping import could_be_kept
+from orchestrator.spec.schema import ClusterName
+from tests.plans import tiny_config
 
 
 class Served:
@@ -284,6 +287,18 @@ def test_the_state_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     path.parent.chmod(0o755)
     with pytest.raises(kept.ClusterError, match="open to others"):
         kept.state_file()
+
+
+def test_a_run_that_could_begin_with_what_is_kept_is_known_where_nothing_is(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    config = tiny_config(cluster__name=ClusterName.local)
+    assert could_be_kept(config)
+    assert not could_be_kept(tiny_config(cluster__name=ClusterName.local, cluster__fork=False))
+    assert not could_be_kept(tiny_config(cluster__name=ClusterName.existing))
+    write_state(kept.state_file(), served.state)
+    assert not could_be_kept(config)
 
 
 def test_the_environment_of_a_run_replaces_that_of_what_is_kept(
