@@ -134,8 +134,8 @@ def test_the_run_of_a_killed_driver_is_ended_in_journal_and_mlflow(root: Path, u
 def test_a_run_that_mlflow_never_heard_of_is_told_all_of_it(root: Path, uri: str) -> None:
     kill(start_driver(root, uri, "untracked"))
     eventually(lambda: status_in_mlflow(uri) == "KILLED")
+    eventually(lambda: not list(guardians(root)))  # the points come after the status
     assert query(uri, "select count(*) from metrics where key = 'train/loss'") == [(4,)]
-    eventually(lambda: not list(guardians(root)))
 
 
 def test_a_run_that_was_taken_up_again_is_left_alone(root: Path, uri: str) -> None:
@@ -174,8 +174,8 @@ def test_what_mlflow_had_no_time_for_follows(root: Path, uri: str) -> None:
     eventually(lambda: status_in_mlflow(uri) == "KILLED")
     (end,) = ends(root)
     assert (end["status"], end["cause"]) == ("KILLED", "stopped")
+    eventually(lambda: not list(guardians(root)))  # the points come after the status
     assert query(uri, "select count(*) from metrics where key = 'train/loss'") == [(4,)]
-    eventually(lambda: not list(guardians(root)))
 
 
 def test_a_driver_killed_while_it_tells_mlflow_the_end_leaves_no_run_running(

@@ -199,6 +199,7 @@ class Writer:
             self._untold[FIRST_FAILURE_TAG] = self._failure.text
         match record.get("kind"):
             case "RunStarted":
+                self._is_open = True
                 self._tell_of_params()
             case "Window":
                 return  # known already: `_look_back` or `_keep_window`
@@ -212,8 +213,6 @@ class Writer:
                 self._untold[DEGRADED_TAG] = self._degraded
             case "Saved" if self._degraded:
                 self._degraded = self._untold[DEGRADED_TAG] = ""
-            case "RunStarted":
-                self._is_open = True
             case "RunEnded":
                 self._note_end(record)
         points = self._points.feed(record)

