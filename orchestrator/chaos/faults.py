@@ -38,8 +38,17 @@ def _kill_twice(scene: Scene) -> None:
 
 
 def _kill_in_save(scene: Scene) -> None:
+    """Kill a chief that writes a checkpoint: what it leaves must be whole or not to be seen."""
+    before = {path: _inode(path) for path in _checkpoints(scene)}
     scene.ask("hold-save")
     scene.signal(signal.SIGKILL, 0)
+    for path in _checkpoints(scene):
+        if before.get(path) == _inode(path):
+            continue  # maybe damaged by a fault before
+        try:
+            store.verify(path)
+        except (OSError, ValueError) as error:
+            scene.trouble = f"half a checkpoint was left: {path.name} {error}"
 
 
 def _damage_checkpoint(scene: Scene) -> None:

@@ -67,6 +67,13 @@ def test_a_restart_that_goes_on_otherwise_is_found(run: Run, fault: str, what: s
     assert "weights: the final checkpoints have another SHA-256" in out
 
 
+def test_a_checkpoint_that_is_seen_before_it_is_whole_is_found(run: Run) -> None:
+    code, out = run("job.args.fault=seen_before_it_is_whole", "chaos.faults=[kill_in_save]")
+    assert code is ExitCode.DIFFERENCE, out
+    said = r"kill_in_save .* FAILED: half a checkpoint was left: step-\d+ has no manifest.json"
+    assert re.search(said, out), out
+
+
 @pytest.mark.parametrize("is_buried", [True, False])
 def test_a_chief_that_outlives_its_attempt_can_commit_nothing_but_without_fencing(
     run: Run, monkeypatch: pytest.MonkeyPatch, is_buried: bool

@@ -41,8 +41,8 @@ def _first_step():
 
     restore, began = worker.restore, [0]
 
-    def noted_restore(path, variables):
-        began[0] = restore(path, variables)
+    def noted_restore(path, variables, **more):
+        began[0] = restore(path, variables, **more)
         return began[0]
 
     worker.restore = noted_restore
@@ -73,4 +73,25 @@ def one_example_late():
     Shard.positions = late_positions
 
 
-FAULTS = {fault.__name__: fault for fault in (seeds_of_the_process, one_example_late)}
+def seen_before_it_is_whole():
+    """Let a checkpoint appear before its manifest is written and its files are flushed."""
+    from orchestrator.train import saver
+
+    write_bundle, commit = saver.write_bundle, saver.store.commit
+
+    def write_seen(staged, values):
+        described = write_bundle(staged, values)
+        staged.rename(staged.parents[1] / staged.name)
+        return described
+
+    def commit_seen(staged, target, manifest, **more):
+        target.rename(staged)
+        return commit(staged, target, manifest, **more)
+
+    saver.write_bundle, saver.store.commit = write_seen, commit_seen
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (seeds_of_the_process, one_example_late, seen_before_it_is_whole)
+}
