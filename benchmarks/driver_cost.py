@@ -44,16 +44,12 @@ class Figures:
         cpu_s: of the driver, from `_WARM_S` on.
         wall_s: the time that took.
         requests: log_batch calls in it.
-        late_s: how far the driver lagged behind the workers at the end.
-        recovered_s: from a worker's death to the start of the next attempt, where one died.
     """
 
     workers: int
     cpu_s: float = 0.0
     wall_s: float = 0.0
     requests: int = 0
-    started_s: float = 0.0
-    recovered_s: float | None = None
 
     @property
     def cpu_per_worker_minute(self) -> float:
@@ -115,8 +111,6 @@ def measure(
             finally:
                 group.close()
             watch.join()
-        if isinstance(group, Crowd) and len(group.started) > 1:
-            figures.recovered_s = group.started[1] - group.started[0]
     return figures
 
 

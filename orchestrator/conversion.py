@@ -18,10 +18,10 @@ from orchestrator.errors import (
     StorageError,
 )
 from orchestrator.runs import merge_overrides, read_overrides
-from orchestrator.spec.config import DEFAULT_RUNS_DIR, PROJECT_DIR, load_config
+from orchestrator.spec.config import DEFAULT_RUNS_DIR, load_config
 from orchestrator.spec.host import local_host
 from orchestrator.spec.overrides import key_of
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import PROJECT_DIR, RunPaths
 from orchestrator.spec.plan import make_plan
 from orchestrator.weights import KERAS_FILE, find_source
 

@@ -20,10 +20,9 @@ from typing import IO, Any
 
 from orchestrator.lease import lock
 from orchestrator.spec.messages import DRIVER_KILLED
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import PROJECT_DIR, RunPaths
 from orchestrator.spec.secrets import mask_text
 
-_PROJECT_DIR = str(Path(__file__).resolve().parents[1])
 # With credentials, which the journal does not keep.
 _URI_VARIABLE = "ORCHESTRATOR_GUARDED_URI"
 _ARTIFACTS_VARIABLE = "ORCHESTRATOR_GUARDED_ARTIFACTS"
@@ -191,7 +190,7 @@ def _log(paths: RunPaths) -> Iterator[IO[bytes]]:
 
 def _python_path() -> str:
     given = os.environ.get("PYTHONPATH")
-    return f"{_PROJECT_DIR}{os.pathsep}{given}" if given else _PROJECT_DIR
+    return f"{PROJECT_DIR}{os.pathsep}{given}" if given else str(PROJECT_DIR)
 
 
 def main(argv: list[str]) -> int:

@@ -8,8 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.spec.config import PROJECT_DIR
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import PROJECT_DIR, RunPaths
 
 _SHOWN_LINES = 20
 

@@ -17,9 +17,9 @@ from orchestrator.control import holding, kept
 from orchestrator.control.holding import Hold
 from orchestrator.control.kept import Kept
 from orchestrator.errors import ClusterError, ConfigError, ExitCode
-from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.environment import inspect_for
 from orchestrator.spec.host import local_host
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName, RunConfig
 

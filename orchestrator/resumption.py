@@ -11,7 +11,7 @@ from orchestrator.spec.paths import RunPaths
 from orchestrator.train import store
 
 
-class Lineage:
+class Ancestry:
     """Which steps led to where a run is: what was passed over once is not gone on from later."""
 
     def __init__(self, last_step: int = 0, starts: Mapping[int, int] | None = None):
@@ -58,7 +58,7 @@ class Checkpoints:
         paths: RunPaths,
         read: ReadJournal,
         notice: Callable[[str], None],
-        lineage: Lineage | None = None,
+        ancestry: Ancestry | None = None,
     ):
         """Look at nothing yet.
 
@@ -66,9 +66,9 @@ class Checkpoints:
             paths: of the run.
             read: yields the records of a journal.
             notice: takes what the user should know.
-            lineage: what is on record; None if that is not known.
+            ancestry: what is on record; None if that is not known.
         """
-        self._lineage = lineage
+        self._ancestry = ancestry
         self._paths = paths
         self._read = read
         self._notice = notice
@@ -101,14 +101,14 @@ class Checkpoints:
         A host that is lost, or a driver that is killed, takes the last reports with it, while the
         checkpoint behind them is on the disk already: going on from there would leave a hole.
         """
-        if self._lineage is None:
+        if self._ancestry is None:
             return store.newest_valid(folder)
-        search = store.newest_valid(folder, self._lineage.holds)
+        search = store.newest_valid(folder, self._ancestry.holds)
         begin = store.step_of(search.path) if search.path is not None else -1
         left = [
             path
             for path in store.list_checkpoints(folder)
-            if not self._lineage.holds(path) and store.step_of(path) > begin
+            if not self._ancestry.holds(path) and store.step_of(path) > begin
         ]
         if not left:
             return search
@@ -128,10 +128,10 @@ class Checkpoints:
 
     def _why_left(self, path: Path) -> str:
         """Say why a checkpoint is not of the steps that led to where the run is."""
-        assert self._lineage is not None
-        if (start := self._lineage.left_at(path)) is not None:
+        assert self._ancestry is not None
+        if (start := self._ancestry.left_at(path)) is not None:
             return f"was saved before the run went back to step {start:,}"
-        return f"is later than the record, which ends at step {self._lineage.last_step:,}"
+        return f"is later than the record, which ends at step {self._ancestry.last_step:,}"
 
     def _refuse_step_0(self, damaged: tuple[store.Damage, ...]) -> None:
         folder = self._paths.checkpoints_dir

@@ -15,6 +15,7 @@ from orchestrator.listing import age
 from orchestrator.spec.messages import Cause, Phase
 from orchestrator.spec.paths import RunPaths
 from orchestrator.terminal import duration, metrics_text, printable, size
+from orchestrator.track.failure import FirstFailure
 from orchestrator.track.goodput import Goodput
 from orchestrator.track.journal import read
 from orchestrator.track.resume import TOP_FOLDER, resume_command
@@ -23,7 +24,6 @@ from orchestrator.train import store
 _CHIEF = 0
 # Smaller shares of the time are not worth a word.
 _SMALLEST_SHARE = 0.005
-_LONGEST_FAILURE = 300
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class Status:
         evaluated: the last evaluation: its step and metrics.
         saved: the newest Saved record.
         mlflow_run: MLflow's id.
-        first_failure: what failed first, of all attempts.
+        failure: what failed first, of all attempts.
         num_failures: workers that failed or were lost by themselves.
     """
 
@@ -65,13 +65,14 @@ class Status:
     saved: Mapping[str, Any] | None = None
     mlflow_run: str | None = None
     workers: dict[int, WorkerStatus] = field(default_factory=dict)
-    first_failure: str = ""
+    failure: FirstFailure = field(default_factory=FirstFailure)
     num_failures: int = 0
     goodput: Goodput = field(default_factory=Goodput)
 
     def observe(self, record: Mapping[str, Any]) -> None:
         """Take note of one record of the journal."""
         self.goodput.feed(record)
+        self.failure.feed(record)
         match record.get("kind"):
             case "RunStarted":
                 self.facts, self.status, self.cause = record["facts"], None, ""
@@ -119,13 +120,7 @@ class Status:
 
     def _failed(self, record: Mapping[str, Any]) -> None:
         self._enter(record, "failed" if record["kind"] == "Failed" else "lost")
-        if record.get("cause") == Cause.collateral.value:
-            return
-        self.num_failures += 1
-        self.first_failure = self.first_failure or (
-            f"attempt {record['attempt']}, worker {record['worker']}, {_clock(record['time'])}: "
-            f"{record['error']}"
-        )
+        self.num_failures += record.get("cause") != Cause.collateral.value
 
 
 def read_status(paths: RunPaths) -> Status:
@@ -209,9 +204,11 @@ def describe_status(
     rows.append(("checkpoints", _checkpoints(paths, status)))
     rows.append(("MLflow run", status.mlflow_run or "not there yet"))
     rows.append(("goodput", _goodput(status.goodput)))
-    if status.first_failure:
+    if status.num_failures:
         more = f" ({status.num_failures} in all)" if status.num_failures > 1 else ""
-        rows.append((f"first failure{more}", status.first_failure[:_LONGEST_FAILURE]))
+        first = status.failure
+        text = f"{first.where}, {_clock(first.time)}: {first.error}"
+        rows.append((f"first failure{more}", text))
     if holder is None and status.status != "FINISHED":
         rows.append(("go on", resume_command(paths, address, status.facts)))
     width = max(len(key) for key, _ in rows)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.screen import Summary
-from orchestrator.spec.config import DEFAULT_RUNS_DIR, PROJECT_DIR
+from orchestrator.spec.config import DEFAULT_RUNS_DIR
 from orchestrator.spec.messages import BlockDone, Evaluated, Message
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.spec.plan import RunPlan
 from orchestrator.track.mlflow_projection import Report
 

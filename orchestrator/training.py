@@ -21,7 +21,7 @@ from orchestrator.errors import (
 from orchestrator.guardian import Guard
 from orchestrator.patience import JournalPatience
 from orchestrator.provenance import provenance
-from orchestrator.resumption import Checkpoints, Lineage
+from orchestrator.resumption import Ancestry, Checkpoints
 from orchestrator.runs import (
     Past,
 )
@@ -84,14 +84,14 @@ class Training:
         self._record = Record(plan.paths.journal, facts, notice=screen.notice)
         self._tracking = False
         self._is_stopping = False
-        self._lineage = Lineage(past.last_step, past.starts) if past is not None else Lineage()
+        self._ancestry = Ancestry(past.last_step, past.starts) if past is not None else Ancestry()
         self._supervisor = Supervisor(
             group,
             plan,
             observe=self._observe,
             began=self._began,
             notice=screen.notice,
-            newest_checkpoint=Checkpoints(plan.paths, read, screen.notice, self._lineage).newest,
+            newest_checkpoint=Checkpoints(plan.paths, read, screen.notice, self._ancestry).newest,
             journal=self._record.add,
             together=self._record.together,
             replan=replan,
@@ -147,7 +147,7 @@ class Training:
         if is_kept(message):
             self._record.add(to_record(message))
         if isinstance(message, BlockDone) and message.worker == 0:
-            self._lineage.reached(message.last_step)
+            self._ancestry.reached(message.last_step)
         self._patience.watch()
         self._tally.observe(message)
         self._screen.observe(message)
@@ -158,7 +158,7 @@ class Training:
 
     def _began(self, attempt: int, restore_from: str | None, num_workers: int) -> None:
         self._tally.last_step = store.start_of(restore_from)
-        self._lineage.began(attempt, self._tally.last_step)
+        self._ancestry.began(attempt, self._tally.last_step)
         self._record.add(
             {
                 "kind": "AttemptStarted",

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.job_code import job_sources, keep_code
-from orchestrator.spec.config import PROJECT_DIR
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import PROJECT_DIR, RunPaths
 
 
 def write(folder: Path, **files: str) -> list[str]:

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from orchestrator.provenance import keep_changes, provenance
-from orchestrator.spec.config import PROJECT_DIR
+from orchestrator.spec.paths import PROJECT_DIR
 
 
 def repository(folder: Path, text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RestoreError
-from orchestrator.resumption import Checkpoints, Lineage
+from orchestrator.resumption import Ancestry, Checkpoints
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import Journal, read
 from orchestrator.train import store
@@ -71,7 +71,7 @@ def test_a_run_that_never_saved_begins_at_step_0(tmp_path: Path) -> None:
 def test_one_that_is_later_than_the_record_is_left(tmp_path: Path) -> None:
     paths = saved(tmp_path, 10, 20)
     said: list[str] = []
-    found = Checkpoints(paths, read, said.append, Lineage(17)).newest()
+    found = Checkpoints(paths, read, said.append, Ancestry(17)).newest()
     assert found == (10, str(paths.checkpoints_dir / "step-00000010"))
     assert said == [
         "checkpoint step-00000020 is later than the record, which ends at step 17: it is left, "
@@ -82,13 +82,13 @@ def test_one_that_is_later_than_the_record_is_left(tmp_path: Path) -> None:
 def test_one_that_is_later_than_the_record_is_better_than_step_0(tmp_path: Path) -> None:
     paths = saved(tmp_path, 20)
     said: list[str] = []
-    found = Checkpoints(paths, read, said.append, Lineage(17)).newest()
+    found = Checkpoints(paths, read, said.append, Ancestry(17)).newest()
     assert found == (20, str(paths.checkpoints_dir / "step-00000020"))
     assert "the steps between are on no record" in said[0]
 
 
 def test_one_of_the_last_step_on_record_is_taken(tmp_path: Path) -> None:
-    found = Checkpoints(saved(tmp_path, 10, 20), read, print, Lineage(20)).newest()
+    found = Checkpoints(saved(tmp_path, 10, 20), read, print, Ancestry(20)).newest()
     assert found is not None and found[0] == 20
 
 
@@ -96,17 +96,17 @@ def test_one_whose_steps_were_made_again_is_left_also_when_the_record_has_passed
     tmp_path: Path,
 ) -> None:
     paths = saved(tmp_path, 10, 20)  # by attempt 1, whose driver died with step 17 on record
-    lineage, said = Lineage(17), list[str]()
-    lineage.began(2, 10)
-    lineage.reached(25)  # attempt 2, perhaps with other settings, which has not saved yet
-    found = Checkpoints(paths, read, said.append, lineage).newest()
+    ancestry, said = Ancestry(17), list[str]()
+    ancestry.began(2, 10)
+    ancestry.reached(25)  # attempt 2, perhaps with other settings, which has not saved yet
+    found = Checkpoints(paths, read, said.append, ancestry).newest()
     assert found == (10, str(paths.checkpoints_dir / "step-00000010"))
     assert said == [
         "checkpoint step-00000020 was saved before the run went back to step 10: it is left, "
         "and its steps are made again"
     ]
     save(paths, 2, 20, keep=9)
-    found = Checkpoints(paths, read, print, lineage).newest()
+    found = Checkpoints(paths, read, print, ancestry).newest()
     assert found is not None and found[0] == 20
 
 
@@ -114,15 +114,15 @@ def test_what_was_made_again_is_better_than_step_0(tmp_path: Path) -> None:
     paths = saved(tmp_path, 10, 20)
     damage(paths, 10)
     said: list[str] = []
-    found = Checkpoints(paths, read, said.append, Lineage(25, {1: 0, 2: 10})).newest()
+    found = Checkpoints(paths, read, said.append, Ancestry(25, {1: 0, 2: 10})).newest()
     assert found == (20, str(paths.checkpoints_dir / "step-00000020"))
     assert "was saved before the run went back to step 10; there is no earlier one" in said[0]
 
 
 def test_an_attempt_that_goes_on_from_the_newest_leaves_none_behind(tmp_path: Path) -> None:
     paths = saved(tmp_path, 10, 20)
-    found = Checkpoints(paths, read, print, Lineage(25, {1: 0, 2: 10, 3: 20})).newest()
+    found = Checkpoints(paths, read, print, Ancestry(25, {1: 0, 2: 10, 3: 20})).newest()
     assert found is not None and found[0] == 10
     save(paths, 2, 20, keep=9)  # saved by the attempt before the one that began there
-    found = Checkpoints(paths, read, print, Lineage(25, {1: 0, 2: 10, 3: 20})).newest()
+    found = Checkpoints(paths, read, print, Ancestry(25, {1: 0, 2: 10, 3: 20})).newest()
     assert found is not None and found[0] == 20

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.messages import BlockDone
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.summary import Tally, next_commands, summarise
 from orchestrator.track.mlflow_projection import Report
 from tests.plans import tiny_plan

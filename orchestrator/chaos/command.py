@@ -18,7 +18,7 @@ from typing import IO
 from orchestrator.chaos.hosts import Hosts
 from orchestrator.errors import StorageError
 from orchestrator.runs import merge_overrides
-from orchestrator.spec.config import PROJECT_DIR
+from orchestrator.spec.paths import PROJECT_DIR
 
 # Every process of a run inherits it, also one that is re-parented to init.
 _MARK = "ORCHESTRATOR_CHAOS"

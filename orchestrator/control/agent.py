@@ -25,11 +25,12 @@ from orchestrator.control.upload import importable
 from orchestrator.control.worker_process import WorkerProcess
 from orchestrator.errors import StartFailed
 from orchestrator.spec.messages import NO_ATTEMPT, Message, Request
+from orchestrator.spec.paths import PROJECT_DIR
 
 _PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy", "mlflow")
 _WATCH_INTERVAL_S = 0.2
 _IMPORT_TIMEOUT_S = 60.0
-_PROOF = Path(__file__).resolve().parents[1] / "track" / "mlflow_model.py"
+_PROOF = PROJECT_DIR / "orchestrator" / "track" / "mlflow_model.py"
 _PROOF_TIMEOUT_S = 240.0
 _PROOF_ENV = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
@@ -217,9 +218,8 @@ class Agent:
         It is ended like a worker when the driver is silent: another attempt may export there.
         """
         own = _own_paths([])
-        project = str(Path(__file__).resolve().parents[2])
         # The current folder counts: it is often the project's.
-        paths = tuple(path for path in own if path not in ("", project, os.getcwd()))
+        paths = tuple(path for path in own if path not in ("", str(PROJECT_DIR), os.getcwd()))
         launch = Launch(
             log=Path(log),
             sys_path=paths,

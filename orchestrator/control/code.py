@@ -6,7 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from orchestrator.spec.config import PROJECT_DIR
+from orchestrator.spec.paths import PROJECT_DIR
 
 # What workers import; conf/ is read by the driver alone.
 _IMPORTED = ("orchestrator", "jobs")

@@ -25,8 +25,8 @@ from orchestrator.control.launcher import TENSORFLOW_ENV
 from orchestrator.control.processes import Process
 from orchestrator.control.ray_settings import SETTINGS
 from orchestrator.errors import ClusterError
+from orchestrator.spec.paths import PROJECT_DIR
 
-_PROJECT_DIR = Path(__file__).resolve().parents[2]
 _PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy")
 # What the kept processes hold of the project, or speak with it.
 _LOADED = ("train/zygote.py", "spec/channel.py", "control/keeper.py", "control/ray_keeper.py")
@@ -92,7 +92,7 @@ def state_file() -> Path:
         raise ClusterError(f"cannot make {folder}: {error.strerror}; set XDG_RUNTIME_DIR") from None
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ClusterError(f"{folder} belongs to somebody else or is open to others; remove it")
-    return folder / f"up-{hashlib.sha256(str(_PROJECT_DIR).encode()).hexdigest()[:12]}.json"
+    return folder / f"up-{hashlib.sha256(str(PROJECT_DIR).encode()).hexdigest()[:12]}.json"
 
 
 def read_state(path: Path) -> Kept | Gone | None:
@@ -133,7 +133,7 @@ def surroundings(environ: Mapping[str, str]) -> dict[str, str]:
         "the CPU cores it may use": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "the umask": _umask(),
         "the project's own zygote": _digest(
-            b"".join((_PROJECT_DIR / "orchestrator" / name).read_bytes() for name in _LOADED)
+            b"".join((PROJECT_DIR / "orchestrator" / name).read_bytes() for name in _LOADED)
         ),
     }
     for package in _PACKAGES:
@@ -151,7 +151,7 @@ def surroundings(environ: Mapping[str, str]) -> dict[str, str]:
 def _foreign_paths(python_path: str) -> str:
     """Leave out the project's own folder: the children of a sweep name it, others need not."""
     paths = filter(None, python_path.split(os.pathsep))
-    return os.pathsep.join(path for path in paths if Path(path) != _PROJECT_DIR)
+    return os.pathsep.join(path for path in paths if Path(path) != PROJECT_DIR)
 
 
 def differences(kept: Kept, own: Mapping[str, str]) -> list[str]:

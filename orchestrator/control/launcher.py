@@ -21,9 +21,9 @@ from typing import IO, Any
 
 from orchestrator.errors import StartFailed
 from orchestrator.spec.channel import pack_request
+from orchestrator.spec.paths import PROJECT_DIR
 
 _ZYGOTE = "orchestrator.train.zygote"
-_PROJECT_DIR = str(Path(__file__).resolve().parents[2])
 _DIAL_TIMEOUT_S = 10.0
 TENSORFLOW_ENV = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -238,7 +238,7 @@ def _zygote_command(socket_path: Path, idle_s: float) -> list[str]:
 
 
 def _zygote_env() -> dict[str, str]:
-    paths = [_PROJECT_DIR, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [str(PROJECT_DIR), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, **TENSORFLOW_ENV, "PYTHONPATH": os.pathsep.join(paths)}
 
 

@@ -10,8 +10,8 @@ import sys
 
 from orchestrator.control.launcher import TENSORFLOW_ENV
 from orchestrator.control.upload import importable
-from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.footprint import Rehearsal
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.spec.plan import RunPlan
 
 _SHOWN_LINES = 3

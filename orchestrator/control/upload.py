@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import ConfigError
-from orchestrator.spec.config import PROJECT_DIR
+from orchestrator.spec.paths import PROJECT_DIR
 
 USERS_DIR = "config_dir"
 _CODE = ("orchestrator", "conf", "jobs")

@@ -13,11 +13,11 @@ from typing import Any
 from orchestrator.errors import ConfigError
 from orchestrator.spec.explain import explain, unknown_key
 from orchestrator.spec.overrides import GROUPS, key_of, normalise, quoted
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.secrets import is_literal_secret, masked
 from orchestrator.spec.validate import uri_errors, validate
 
-PROJECT_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = PROJECT_DIR / "conf"
 DEFAULT_RUNS_DIR = "runs"  # as conf/config.yaml says
 # Set by load_config, not by people.

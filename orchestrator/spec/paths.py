@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+# The folder that holds this package, `conf/` and `jobs/`.
+PROJECT_DIR = Path(__file__).resolve().parents[2]
 # In every staging folder: the driver has made it. A library that makes missing folders, such as
 # TensorFlow for an attempt that is over, makes them without.
 STAGING_MARK = ".made-by-the-driver"

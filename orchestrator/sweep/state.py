@@ -15,8 +15,7 @@ from typing import Any
 from orchestrator.errors import ExitCode
 from orchestrator.lease import holder_of
 from orchestrator.listing import Listed
-from orchestrator.spec.config import PROJECT_DIR
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import PROJECT_DIR, RunPaths
 from orchestrator.spec.schema import BestConfig, BestMode
 from orchestrator.sweep.folder import Child, Sweep
 from orchestrator.track.journal import Journal, Reader, read

@@ -16,12 +16,14 @@ class FirstFailure:
 
     Attributes:
         error: its first line; empty if nothing has failed.
-        text: the same with the attempt and the worker that it happened to.
+        where: the attempt and the worker that it happened to; empty if it was the driver.
+        time: Unix seconds.
     """
 
     def __init__(self) -> None:
         self.error = ""
-        self.text = ""
+        self.where = ""
+        self.time = 0.0
         self._attempt = 0
         self._is_settled = False
 
@@ -37,11 +39,17 @@ class FirstFailure:
                 if not self.error or record["attempt"] == self._attempt:
                     self._take(record)
             case "RunEnded" if record["status"] == "FAILED" and not self.error:
-                self.error = self.text = _line(record["cause"])
+                self.error = _line(record["cause"])
 
     def _take(self, record: Mapping[str, Any]) -> None:
         self._attempt, self.error = record.get("attempt", 0), _line(record["error"])
-        self.text = f"attempt {self._attempt}, worker {record['worker']}: {self.error}"
+        self.time = record.get("time", 0.0)
+        self.where = f"attempt {self._attempt}, worker {record['worker']}"
+
+    @property
+    def text(self) -> str:
+        """Both in one line."""
+        return f"{self.where}: {self.error}" if self.where else self.error
 
 
 def _line(text: str) -> str:

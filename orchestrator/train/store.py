@@ -155,8 +155,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path, progress: Callable[[str], None] = lambda text: None) -> None:
-    """Check every file of a checkpoint against its manifest.
+def verify(path: Path, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest, and return that.
 
     A file that the manifest does not know, such as one of the file system's own, is nobody's
     damage: it is not read.
@@ -184,6 +184,7 @@ def verify(path: Path, progress: Callable[[str], None] = lambda text: None) -> N
 
     for name, entry in manifest["files"].items():
         _verify_file(path, name, entry, told)
+    return manifest
 
 
 def _verify_file(path: Path, name: str, entry: Any, told: Callable[[int], None]) -> None:
@@ -242,8 +243,7 @@ def newest_valid(
     damaged = []
     for path in filter(accepts, list_checkpoints(checkpoints_dir)):
         try:
-            verify(path, progress)
-            if read_manifest(path).get(WEIGHTS_ONLY):
+            if verify(path, progress).get(WEIGHTS_ONLY):
                 continue
         except ValueError as error:
             damaged.append(Damage(path, str(error)))

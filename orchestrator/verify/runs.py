@@ -15,8 +15,8 @@ from orchestrator.control.launcher import Child, Launch, Zygote, fork, spawn
 from orchestrator.control.process_group import ProcessGroup
 from orchestrator.control.supervisor import Supervisor
 from orchestrator.errors import OrchestratorError
-from orchestrator.spec.config import PROJECT_DIR
 from orchestrator.spec.host import local_host
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.spec.plan import Host, RunPlan
 from orchestrator.spec.schema import RunConfig
 from orchestrator.spec.variants import Comparison, Variant, variant_plan

@@ -22,6 +22,7 @@ from orchestrator.control.keeper import Keeper
 from orchestrator.control.kept import Gone, Kept, read_state, surroundings, write_state
 from orchestrator.control.processes import Process
 from orchestrator.keeping import could_be_kept
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.spec.schema import ClusterName
 from tests.plans import tiny_config
 
@@ -204,9 +205,9 @@ def test_the_projects_own_folder_is_no_other_environment(
 ) -> None:
     given = os.environ.get("PYTHONPATH", "")
     # As the children of a sweep have it.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(kept._PROJECT_DIR), given])))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(PROJECT_DIR), given])))
     taken(served.hold()).close()
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(kept._PROJECT_DIR), "/elsewhere", given]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT_DIR), "/elsewhere", given]))
     assert "PYTHONPATH is not what it was then" in served.hold()[1]
 
 

@@ -11,12 +11,12 @@ import pytest
 from orchestrator.errors import ConfigError
 from orchestrator.spec.config import (
     CONF_DIR,
-    PROJECT_DIR,
     flatten,
     list_group,
     load_config,
     to_yaml,
 )
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.spec.schema import StrategyName
 
 JOBS = ("code_lm", "fashion", "flights", "gan", "mnist", "mnist_cnn", "synthetic")

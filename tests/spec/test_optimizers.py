@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import ConfigError
-from orchestrator.spec.config import PROJECT_DIR, list_group, load_config
+from orchestrator.spec.config import list_group, load_config
 from orchestrator.spec.describe import describe, headline
+from orchestrator.spec.paths import PROJECT_DIR
 from orchestrator.spec.schema import OptimizerName
 from orchestrator.spec.validate import ACCEPTED, ARGUMENTS
 from tests.plans import tiny_plan
