@@ -102,19 +102,30 @@ def chaos(
 
 
 def _with_defaults(overrides: list[str]) -> list[str]:
-    """Return the overrides with those of `chaos` before them."""
+    """Return the overrides with those of `chaos` before them.
+
+    Raises:
+        ConfigError: one names another cluster, whose own rules would else be told first.
+    """
+    for override in overrides:
+        if key_of(override) == "cluster":
+            _refuse_cluster(override.partition("=")[2])
     defaults = list(_DEFAULTS)
     if any(key_of(o) == "strategy" and o != _DEFAULTS[0] for o in overrides):
         defaults.remove(_DEFAULTS[1])  # only multi_worker has several workers
     return merge_overrides(defaults, overrides)
 
 
-def _refuse(config: RunConfig, cwd: Path) -> None:
-    if config.cluster.name is not ClusterName.local:
+def _refuse_cluster(name: str) -> None:
+    if name != ClusterName.local.value:
         raise ConfigError(
-            f"cluster={config.cluster.name.value}: chaos ends processes of this host, and starts "
-            "a Ray of its own; leave it out"
+            f"cluster={name}: chaos ends processes of this host, and starts a Ray of its own; "
+            "leave it out"
         )
+
+
+def _refuse(config: RunConfig, cwd: Path) -> None:
+    _refuse_cluster(config.cluster.name.value)
     for key in ("resume", "run_name"):
         if getattr(config, key) is not None:
             raise ConfigError(f"{key}={getattr(config, key)}: chaos makes runs of its own")
