@@ -103,7 +103,7 @@ def _load(saved_model: Path) -> str:
     """Return a command that loads a SavedModel, as any program with TensorFlow does."""
     code = (
         f"import tensorflow as tf; model = tf.saved_model.load({json.dumps(str(saved_model))}); "
-        'print(model.signatures["serving_default"])'
+        'print(model.signatures["serving_default"].structured_input_signature)'
     )
     python = Path(sys.executable)
     shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
