@@ -12,10 +12,11 @@ import tensorflow as tf
 from orchestrator.errors import JobError
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import Compile
+from orchestrator.train.captured import Captured
 from orchestrator.train.data import evaluation_ids, fetch_block
 from orchestrator.train.inputs import Resident, feature_spec, step_features
 from orchestrator.train.job import Batch, Job
-from orchestrator.train.replica import Captured, local_replica
+from orchestrator.train.replica import local_replica
 from orchestrator.train.sources import Source
 from orchestrator.train.sums import Layout, weighted_sums
 

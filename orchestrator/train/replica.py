@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,28 +21,13 @@ import tensorflow as tf
 
 from orchestrator.errors import JobError
 from orchestrator.spec.plan import RunPlan, split_evenly
+from orchestrator.train.captured import Captured
 from orchestrator.train.data import Shard
 from orchestrator.train.job import Batch, Gradients, Job, flatten_groups
 from orchestrator.train.sums import Layout, weighted_sums
 
 # Below this a dense all-reduce of an embedding's gradient is faster (measured, 2 workers, gRPC).
 _SPARSE_FROM_BYTES = 2**20
-
-
-class Captured(keras.StatelessScope):
-    """Catches what layers assign to their state, so that the step decides what becomes of it.
-
-    Keras's own scope answers None for variables it was not given, which its regularisers then
-    take for the value (keras 3.15, layers/layer.py:_get_regularization_losses).
-    """
-
-    def __init__(self, state: Sequence[tuple[keras.Variable, Any]] = ()):
-        super().__init__(state, collect_losses=True, initialize_variables=False)
-
-    def get_current_value(self, variable: keras.Variable) -> Any:
-        """Return the value assigned in the scope, else the variable itself, which tapes watch."""
-        value = super().get_current_value(variable)
-        return variable._value if value is None else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +67,10 @@ class Replicas:
         self._shards = shards
         self._seeds = [v for v in model.variables if is_layer_seed(v)]
         self._moving = [v for v in model.non_trainable_variables if is_moving(v)]
+        self._kept = {id(variable) for variable in self._moving}
+        # Keras makes its own generator at the first draw without a seed; made while a batch is
+        # computed it would have no value outside (keras 3.15, random/seed_generator.py).
+        keras.random.uniform(())
         self.sum_dtype = _widest(flatten_groups(groups))
 
     def share(self, local: int, step: Any, raw: Batch, scale: Any) -> Share:
@@ -102,13 +91,15 @@ class Replicas:
         for micro, size in enumerate(split_evenly(shard.size, plan.config.train.micro_batches)):
             rows = {name: value[start : start + size] for name, value in raw.items()}
             seeds = self._example_seeds(positions + start, size)
-            batch = self._job.prepare(rows, training=True, seeds=seeds)
+            seed_state = self._layer_seeds(local, step, micro)
             state = [
                 *((self._moving[index], value) for index, value in moved.items()),
-                *zip(self._seeds, self._layer_seeds(local, step, micro), strict=True),
+                *((variable, seed_state(variable)) for variable in self._seeds),
             ]
-            with Captured(state) as scope:
+            with Captured(state, seed_state) as scope:
+                batch = self._job.prepare(rows, training=True, seeds=seeds)
                 grouped, outcome = self._job.gradients(self._model, batch, scale)
+            scope.refuse_lost(self._is_kept, self._model.variables)
             moved = {
                 index: scope.state_mapping[id(variable)]
                 for index, variable in enumerate(self._moving)
@@ -204,20 +195,31 @@ class Replicas:
         seed = tf.fill([size], tf.constant(self._plan.config.train.seed, tf.int64))
         return tf.stack([positions, seed], axis=1)
 
-    def _layer_seeds(self, local: int, step: Any, micro: int) -> list[Any]:
-        """Return the state of each layer's seed generator for one replica, step and micro-batch.
+    def _layer_seeds(self, local: int, step: Any, micro: int) -> Callable[[keras.Variable], Any]:
+        """Return what tells the state of each seed generator for one replica, step and micro-batch.
 
-        A generator adds to the second word with every call within a step, so the step goes into
-        the first.
+        Layers have generators, and jobs: those that a job holds itself, and Keras's own for draws
+        without a seed. A generator changes its state with every draw within a step: Keras adds to
+        the second word, so the step goes into the first.
         """
         replica = self._shards[local].offset  # distinct for each replica of the run
-        states = []
-        for index, variable in enumerate(self._seeds):
+        indices = {id(variable): index for index, variable in enumerate(self._seeds)}
+
+        def state(variable: keras.Variable) -> Any:
+            if not is_layer_seed(variable):
+                return None
+            # The job's own come after the model's, in the order of their first draws.
+            index = indices.setdefault(id(variable), len(indices))
             text = f"{self._plan.config.train.seed} {index} {replica} {micro}".encode()
             first, second = struct.unpack("<II", hashlib.sha256(text).digest()[:8])
             word = tf.cast((step + first) % 2**32, variable.dtype)
-            states.append(tf.stack([word, tf.cast(second, variable.dtype)]))
-        return states
+            return tf.stack([word, tf.cast(second, variable.dtype)])
+
+        return state
+
+    def _is_kept(self, variable: keras.Variable) -> bool:
+        """Tell whether what is assigned to a variable lives on, or follows from the step."""
+        return id(variable) in self._kept or is_layer_seed(variable)
 
 
 def local_replica(plan: RunPlan) -> int:

@@ -1,0 +1,86 @@
+"""A scope that catches what a job's layers assign while a batch is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from orchestrator.errors import JobError
+
+
+class Captured(keras.StatelessScope):
+    """Catches what layers assign to their state, so that the step decides what becomes of it.
+
+    Keras's own scope answers None for variables it was not given, which its regularisers then
+    take for the value (keras 3.15, layers/layer.py:_get_regularization_losses).
+    """
+
+    def __init__(
+        self,
+        state: Sequence[tuple[keras.Variable, Any]] = (),
+        derived: Callable[[keras.Variable], Any] = lambda variable: None,
+    ):
+        """Begin with some values.
+
+        Args:
+            state: variables and what they are in the scope.
+            derived: asked for the value of any other; None lets it be what it is outside.
+        """
+        super().__init__(state, collect_losses=True, initialize_variables=False)
+        self._derived = derived
+        self._assigned: dict[int, keras.Variable] = {}
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """Return the value assigned in the scope, else the variable itself, which tapes watch."""
+        value = super().get_current_value(variable)
+        if value is None:
+            value = self._derived(variable)
+        return variable._value if value is None else value
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        """Take what is assigned to a variable; called by Keras."""
+        super().add_update(update)
+        self._assigned[id(update[0])] = update[0]
+
+    def refuse_lost(
+        self, kept: Callable[[keras.Variable], bool], of_model: Collection[keras.Variable]
+    ) -> None:
+        """Refuse assignments that nobody keeps.
+
+        Args:
+            kept: tells of a variable whether what was assigned lives on.
+            of_model: the model's variables.
+
+        Raises:
+            JobError: there is one that is lost.
+        """
+        lost = [variable for variable in self._assigned.values() if not kept(variable)]
+        if not lost:
+            return
+        owned = {id(variable) for variable in of_model}
+        told = "; ".join(f"{v.path}, {_why_lost(v, id(v) in owned)}" for v in lost)
+        raise JobError(
+            "the job assigns to variables while it computes a batch. A step keeps what layers of "
+            f"the model assign to float state that is not trained; it would lose {told}"
+        )
+
+
+def _why_lost(variable: keras.Variable, is_of_model: bool) -> str:
+    """Return what is wrong with assigning to a variable, and what to do instead."""
+    if not is_of_model:
+        return (
+            "which is not the model's: give it to the model in model(), or return what it "
+            "counts as a metric"
+        )
+    if variable.trainable:
+        return (
+            "which is trained: use what would be assigned without assigning it, or give the "
+            "variable a constraint, which holds after each update"
+        )
+    return (
+        f"which is {tf.as_dtype(variable.dtype).name}: let it be float32, whose mean over the "
+        "replicas is kept"
+    )
