@@ -116,10 +116,18 @@ class Choice:
         rates = {}
         for mode in (Compile.xla, Compile.xla, Compile.graph):  # the first one compiles
             start = time.monotonic()
-            run(mode)
+            try:
+                run(mode)
+            except tf.errors.OpError as error:
+                if mode is Compile.graph:
+                    raise
+                # Whatever it is, the job runs as a graph: it did so in the blocks before.
+                first = str(error.message).strip().splitlines()[0]
+                raise CannotCompile(f"under XLA it fails: {first}") from error
+            finally:
+                for variable, value in zip(self._state, before, strict=True):
+                    variable.assign(value)
             rates[mode] = num_steps / (time.monotonic() - start)
-            for variable, value in zip(self._state, before, strict=True):
-                variable.assign(value)
         return rates
 
     def _why_not_xla(self, graph: Any, left_s: float) -> str:

@@ -78,6 +78,11 @@ def refusals() -> Iterator[None]:
 
 def _refused(text: str) -> str:
     """Return in words what XLA cannot compile; empty for an error of another kind."""
+    if found := re.search(r"\bop (\w+) must be a compile-time constant", text):
+        return (
+            f"XLA needs shapes that do not depend on the data, and those of {found[1]} do: give "
+            "a length that is known, such as maxlen= of tf.sequence_mask"
+        )
     if "unsupported operations" not in text:
         return ""
     names = dict.fromkeys(re.findall(r"No registered '(\w+)'", text))

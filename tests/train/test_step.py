@@ -12,8 +12,11 @@ import tensorflow as tf
 
 from orchestrator.errors import JobError
 from orchestrator.spec.schema import Compile, OptimizerName, Precision
+from orchestrator.train.choice import Choice
 from orchestrator.train.job import Batch, Outcome
 from orchestrator.train.sources import Split
+from orchestrator.train.sums import weighted_sums
+from tests.plans import tiny_plan
 from tests.train.rig import make_rig
 from tests.train.tiny import Tiny
 
@@ -496,7 +499,28 @@ def test_what_xla_cannot_compile_is_named_with_the_key(tmp_path: Path, replicas:
         rig.run(2)
 
 
-def test_auto_goes_on_as_a_graph_where_xla_cannot(tmp_path: Path) -> None:
+class ShapesFromData(Tiny):
+    """A loss with a tensor as long as the data say."""
+
+    def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+        losses = super().loss(batch, outputs)
+        count = tf.reduce_sum(tf.range(1 + tf.reduce_max(batch["y"])))
+        return losses + 0 * tf.cast(count, losses.dtype)
+
+
+def test_shapes_that_depend_on_the_data_are_refused_for_xla(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, ShapesFromData(), train__compile=Compile.xla)
+    with pytest.raises(JobError, match=r"those of Range do: give .*train.compile=graph"):
+        rig.run(2)
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [(NotForXla, "XLA has no AsString"), (ShapesFromData, "XLA needs shapes that do not depend")],
+)
+def test_auto_goes_on_as_a_graph_where_xla_cannot(
+    tmp_path: Path, job: type[Tiny], reason: str
+) -> None:
     told: list[str] = []
     endless = {"train__steps": 10_000_000, "train__max_block_steps": 2_000}
     rig = make_rig(tmp_path, NotForXla(), **endless)
@@ -504,8 +528,27 @@ def test_auto_goes_on_as_a_graph_where_xla_cannot(tmp_path: Path) -> None:
     rig.plan.paths.root.mkdir(parents=True, exist_ok=True)
     while not told:
         rig.run(2_000)
-    assert told[0].startswith("train.compile=auto: graph (XLA has no AsString")
+    assert told[0].startswith(f"train.compile=auto: graph ({reason}")
     assert rig.step.mode is Compile.graph
+
+
+def test_a_trial_of_xla_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+    state = keras.Variable([1.0])
+    plan = tiny_plan(tmp_path, train__steps=10_000_000)
+    choice = Choice(plan, [state])
+    for _ in range(2):
+        choice.observe(10, 1.0)
+
+    def run(mode: Compile) -> None:
+        state.assign([7.0])
+        raise tf.errors.ResourceExhaustedError(None, None, f"no memory for {mode.value}\nmore")
+
+    found = choice.decide(10_000_000, 10, tf.compat.v1.GraphDef, run)
+    assert found == (
+        Compile.graph,
+        "train.compile=auto: graph (under XLA it fails: no memory for xla)",
+    )
+    assert state.numpy().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("mode", [Compile.graph, Compile.xla])
