@@ -34,10 +34,11 @@ class Outcome:
     weight: Any = None
 
     def weights(self) -> Any:
-        """Return the weight of each example in the loss's dtype, [batch]."""
+        """Return the weight of each example in the loss's dtype or in float32, [batch]."""
+        loss = at_least_float32(self.loss)
         if self.weight is None:
-            return tf.ones_like(self.loss)
-        return tf.cast(self.weight, self.loss.dtype)
+            return tf.ones_like(loss)
+        return tf.cast(self.weight, loss.dtype)
 
     def objective(self, scale: Any) -> Any:
         """Return the scalar to differentiate.
@@ -48,11 +49,12 @@ class Outcome:
         Args:
             scale: what the step multiplies sums over examples by; a number or a float scalar.
         """
+        loss = at_least_float32(self.loss)
         if self.weight is None:
-            total = tf.reduce_sum(self.loss)
-            total_weight = tf.cast(tf.size(self.loss), total.dtype)
+            total = tf.reduce_sum(loss)
+            total_weight = tf.cast(tf.size(loss), total.dtype)
         else:
-            total = tf.reduce_sum(self.weights() * self.loss)
+            total = tf.reduce_sum(self.weights() * loss)
             total_weight = tf.reduce_sum(self.weights())
         if self.terms:
             terms = tf.add_n([tf.cast(term, total.dtype) for term in self.terms.values()])
@@ -197,6 +199,11 @@ class Job:
         Called on the chief only, when training is complete, before the export.
         """
         return None
+
+
+def at_least_float32(values: Any) -> Any:
+    """Return numbers as float32 if they are halves, which have too few digits for sums."""
+    return tf.cast(values, tf.float32) if tf.as_dtype(values.dtype).size < 4 else values
 
 
 def flatten_groups(groups: Mapping[str, Sequence[Any]]) -> list[Any]:

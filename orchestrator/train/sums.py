@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from orchestrator.errors import JobError
-from orchestrator.train.job import Outcome
+from orchestrator.train.job import Outcome, at_least_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,15 @@ def weighted_sums(outcome: Outcome, size: int, dtype: Any, mask: Any = None) -> 
         JobError: loss, a metric or the weights do not have one row an example; or a metric is
             called loss.
     """
-    terms = [tf.cast(term, outcome.loss.dtype) for term in outcome.terms.values()]
+    loss = at_least_float32(outcome.loss)
+    terms = [tf.cast(term, loss.dtype) for term in outcome.terms.values()]
     if "loss" in outcome.metrics:
         raise JobError("a metric is called loss, as the loss itself is: give it another name")
-    columns = {"loss": outcome.loss + tf.add_n(terms) if terms else outcome.loss}
+    columns = {"loss": loss + tf.add_n(terms) if terms else loss}
     columns.update(outcome.metrics)
     layout = _layout(columns, size)
+    if outcome.weight is not None:
+        _check_weight(tf.TensorShape(tf.convert_to_tensor(outcome.weight).shape), size)
     widths = [width or 1 for width in layout.widths]
     values = tf.concat(
         [
@@ -69,6 +72,14 @@ def weighted_sums(outcome: Outcome, size: int, dtype: Any, mask: Any = None) -> 
         values = tf.where(weights[:, None] > 0, values, tf.zeros_like(values))
     weights = weights[:, None]
     return layout, tf.reduce_sum(tf.concat([weights, weights * values], axis=1), axis=0)
+
+
+def _check_weight(shape: tf.TensorShape, size: int) -> None:
+    if shape.rank != 1 or shape[0] not in (size, None):
+        raise JobError(
+            f"the weight has shape {shape} for a batch of {size} examples: return one weight an "
+            f"example, shape [{size}], in Outcome(weight=...)"
+        )
 
 
 def _layout(columns: Mapping[str, Any], size: int) -> Layout:

@@ -279,6 +279,56 @@ def test_mixed_precision_keeps_variables_and_sums_in_float32(tmp_path: Path) -> 
     assert rig.losses[-1] < rig.losses[0]
 
 
+class Halved(Tiny):
+    """Computes in float32, but gives its loss as a half."""
+
+    def __init__(self, dtype: str):
+        super().__init__()
+        self._dtype = dtype
+
+    def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+        return tf.cast(outputs[:, 0], self._dtype)
+
+
+@pytest.mark.parametrize("policy", [Precision.mixed_bfloat16, Precision.mixed_float16])
+def test_a_loss_in_halves_is_summed_in_float32(tmp_path: Path, policy: Precision) -> None:
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    sizes = {"train__global_batch_size": 100}
+    exact = make_rig(tmp_path, Halved("float32"), **sizes).run(1)
+    half = policy.value.removeprefix("mixed_")
+    for replicas in (1, 3):
+        rig = make_rig(
+            tmp_path, Halved(half), replicas=replicas, precision__policy=policy, **sizes
+        ).run(1)
+        # 1 / 100 in bfloat16 is 1e-3 too large, in float16 2e-4; float32 rounds by 6e-8.
+        assert rig.results[0].gradient_norm == pytest.approx(
+            exact.results[0].gradient_norm, rel=2e-6
+        )
+        # Each loss, of about 1, was rounded by up to 2^-9; their mean is near 0.
+        assert rig.losses == pytest.approx(exact.losses, abs=2e-3)
+
+
+def test_weights_and_terms_of_a_loss_in_halves_keep_their_digits() -> None:
+    # 257 and 1 + 2^-9 need more than the 8 bits of bfloat16.
+    loss = tf.constant([1.0, 2.0], tf.bfloat16)
+    outcome = Outcome(loss=loss, terms={"extra": 1 + 2.0**-9 + tf.zeros([])}, weight=[257.0, 1.0])
+    _, sums = weighted_sums(outcome, 2, tf.float32)
+    np.testing.assert_array_equal(sums, [258, 259 + 258 * (1 + 2.0**-9)])
+    assert float(outcome.objective(1.0)) == sums[1]
+
+
+@pytest.mark.parametrize("shape", [[16, 1], []])
+def test_weights_of_another_shape_are_refused(tmp_path: Path, shape: list[int]) -> None:
+    class Column(Tiny):
+        def losses(self, model: keras.Model, batch: Batch, *, training: bool) -> Outcome:
+            outcome = super().losses(model, batch, training=training)
+            return Outcome(loss=outcome.loss, weight=tf.ones(shape, outcome.loss.dtype))
+
+    with pytest.raises(JobError, match=r"the weight has shape .* for a batch of 16 .*\[16\]"):
+        make_rig(tmp_path, Column()).run(1)
+
+
 def test_float16_skips_an_overflow_on_all_replicas_and_lowers_the_scale(tmp_path: Path) -> None:
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("mixed_float16")
@@ -523,7 +573,7 @@ def test_auto_goes_on_as_a_graph_where_xla_cannot(
 ) -> None:
     told: list[str] = []
     endless = {"train__steps": 10_000_000, "train__max_block_steps": 2_000}
-    rig = make_rig(tmp_path, NotForXla(), **endless)
+    rig = make_rig(tmp_path, job(), **endless)
     rig.step._tell = told.append
     rig.plan.paths.root.mkdir(parents=True, exist_ok=True)
     while not told:
