@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from orchestrator.train.job import Batch
@@ -54,3 +55,17 @@ def step_features(features: Mapping[str, Any], i: Any) -> Batch:
         if bucket_key(name) in buckets:
             rows[name] = rows[name][:, : rows[bucket_key(name)]]
     return {name: value for name, value in rows.items() if name not in buckets}
+
+
+def padded_lengths(features: Sequence[Mapping[str, Any]]) -> set[Any]:
+    """Return what the steps of a block pad features to, for each local replica; on the host.
+
+    Returns:
+        (replica, length ...) for each combination; one for each replica without any length.
+    """
+    found: set[Any] = set()
+    for local, block in enumerate(features):
+        keys = sorted({bucket_key(name) for name in block} & set(block))
+        lengths = np.stack([block[key] for key in keys], 1) if keys else np.zeros((1, 0))
+        found |= {(local, *combination) for combination in np.unique(lengths, axis=0).tolist()}
+    return found

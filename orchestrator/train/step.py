@@ -27,7 +27,7 @@ from orchestrator.train.block import BlockResult, Rows, first_bad
 from orchestrator.train.choice import Choice
 from orchestrator.train.compiled import CannotCompile, compiled_share, folded_square_sum, refusals
 from orchestrator.train.data import Feed, Shard
-from orchestrator.train.inputs import Resident, feature_spec, step_features
+from orchestrator.train.inputs import Resident, feature_spec, padded_lengths, step_features
 from orchestrator.train.job import Job, flatten_groups
 from orchestrator.train.names import renamed, stable_names
 from orchestrator.train.optimizer import Optimizers
@@ -63,7 +63,7 @@ class TrainStep:
         """
         self.num_traces = 0
         self._compiles = compiles
-        self._is_compiled = False
+        self._compiled: set[Any] = set()  # for which lengths of features XLA has compiled
         self._plan = plan
         self._model = model
         self._optimizers = optimizers
@@ -133,8 +133,8 @@ class TrainStep:
             if self._is_one_program:
                 train = self._plan.config.train
                 length = max(num_steps, min(train.max_block_steps, self._plan.total_steps))
-            if not self._is_compiled:
-                self._is_compiled = True
+            if lengths := padded_lengths(feed.features) - self._compiled:
+                self._compiled |= lengths
                 self._compiles()
         feeds = [
             (_filled(ids, length), {name: _filled(rows, length) for name, rows in features.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,12 +12,13 @@ import tensorflow as tf
 
 from orchestrator.errors import JobError
 from orchestrator.spec.plan import split_evenly
+from orchestrator.spec.schema import Compile
 from orchestrator.train.data import Feeder, Order, fetch_block, make_shards
 from orchestrator.train.inputs import feature_spec, step_features
 from orchestrator.train.job import Batch, Job, Outcome
 from orchestrator.train.ragged import RaggedSource, bucket_lengths
 from orchestrator.train.sources import Feature, Source, Split
-from tests.train.rig import make_rig
+from tests.train.rig import Rig, make_rig
 
 
 def make_source(n: int = 96, buckets: tuple[int, ...] = (4, 8, 16)) -> RaggedSource:
@@ -137,6 +139,52 @@ def test_buckets_and_replicas_change_nothing_but_the_padding(tmp_path: Path) -> 
     np.testing.assert_allclose(evaluated, evaluated[0], rtol=1e-5)
     assert widths[0] == {16.0}
     assert widths[1] <= {4.0, 8.0, 16.0} and len(widths[1]) > 1
+
+
+class Recurrent(Ragged):
+    """Reads a row one after another; padding is masked."""
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+
+    def model(self) -> keras.Model:
+        tokens, mask = keras.Input((None,), dtype="int32"), keras.Input((None, 1))
+        words = keras.layers.Embedding(20, 8)(tokens)
+        gru = keras.layers.GRU(6, dropout=self.dropout, recurrent_dropout=self.dropout)
+        last = gru(words, mask=keras.ops.squeeze(mask, -1) > 0)
+        return keras.Model([tokens, mask], keras.layers.Dense(3)(last))
+
+
+def test_a_recurrent_layer_over_buckets_is_exact_whatever_the_replicas(tmp_path: Path) -> None:
+    rigs = [
+        make_rig(tmp_path, Recurrent(0.0), replicas=replicas, train__micro_batches=micro).run(2, 3)
+        for replicas, micro in ((1, 1), (1, 2), (2, 2), (3, 1))
+    ]
+    for rig in rigs[1:]:
+        np.testing.assert_allclose(rig.losses, rigs[0].losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_dropout_of_a_recurrent_layer_repeats_on_replay(tmp_path: Path, replicas: int) -> None:
+    def fresh() -> Rig:
+        return make_rig(tmp_path, Recurrent(0.5), replicas=replicas, train__micro_batches=2)
+
+    first, second = fresh().run(4), fresh().run(1, 3)
+    np.testing.assert_array_equal(first.losses, second.losses)
+    plain = make_rig(tmp_path, Recurrent(0.0), replicas=replicas, train__micro_batches=2).run(4)
+    assert (first.losses != plain.losses).all()
+
+
+def test_xla_says_that_it_compiles_for_each_bucket(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train__compile": Compile.xla, "train__global_batch_size": 1}
+    rig = make_rig(tmp_path, Ragged((4, 16)), **changes)
+    told: list[int] = []
+    rig.step._compiles = lambda: told.append(rig.done)
+    for _ in range(12):
+        rig.run(1)
+    widths = [float(result.sums["width"][0]) for result in rig.results]
+    assert told == [widths.index(width) for width in dict.fromkeys(widths)] and len(told) == 2
 
 
 def test_a_block_cut_short_keeps_its_steps() -> None:
