@@ -33,6 +33,7 @@ from orchestrator.train.names import renamed, stable_names
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.replica import Replicas, Share, local_replica, summed_over_replicas
 from orchestrator.train.sources import Source
+from orchestrator.train.stateful import refuse_stateful_draws
 
 
 class TrainStep:
@@ -76,6 +77,7 @@ class TrainStep:
         self._variables = flatten_groups(optimizers.groups)
         self._moving: list[keras.Variable] = []
         self._is_unweighted = False
+        self._is_checked = not plan.config.train.deterministic
         self._tell = tell
         names = stable_names(model)
         paths = [renamed(variable.path, names) for variable in self._variables]
@@ -111,8 +113,9 @@ class TrainStep:
 
         Raises:
             JobError: the job's losses, metrics or gradients have the wrong form, or XLA has no
-                kernel for them.
+                kernel for them, or they draw numbers that `train.deterministic` cannot repeat.
         """
+        self._refuse_stateful_draws()
         if self._choice.is_open:
             self._choose(first_step, num_steps, feed)
         start = time.monotonic()
@@ -125,6 +128,17 @@ class TrainStep:
         result = self._rows.read(rows.numpy(), [part.numpy() for part in ids])
         self._choice.observe(num_steps, time.monotonic() - start)
         return result
+
+    def _refuse_stateful_draws(self) -> None:
+        """Look once, before the first block, for what would break `train.deterministic`."""
+        if self._is_checked or self.mode is Compile.eager:
+            return
+        self._is_checked = True
+        refuse_stateful_draws(self._graph(self.mode))
+
+    def _graph(self, mode: Compile) -> Any:
+        """Return the GraphDef of a block; it is traced once, here or when it runs."""
+        return self._functions[mode].get_concrete_function().graph.as_graph_def()
 
     def _call(self, mode: Compile, first_step: int, num_steps: int, feed: Feed) -> Any:
         """Run a block in one of the modes; return its rows and ids as tensors."""
@@ -273,7 +287,7 @@ class TrainStep:
             variable.value.assign(new if ok is None else tf.where(ok, new, variable.value))
 
     def _factor(self, sums: Any) -> Any:
-        """Return what makes the reduced gradient that of the mean: G / (s sum w), or plain 1."""
+        """Return what makes the reduced gradient that of the mean: 1 / (scale sum w), or 1."""
         scale = self._optimizers.loss_scale
         if self._is_unweighted:
             batch = self._plan.config.train.global_batch_size
@@ -298,7 +312,7 @@ class TrainStep:
         found = self._choice.decide(
             self._plan.total_steps - first_step,
             num_steps,
-            lambda: self._functions[Compile.graph].get_concrete_function().graph.as_graph_def(),
+            lambda: self._graph(Compile.graph),
             lambda mode: self._call(mode, first_step, num_steps, feed)[0].numpy(),
         )
         if found is not None:

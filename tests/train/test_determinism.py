@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import pytest
 import tensorflow as tf
 
 from orchestrator.control.folders import prepare
+from orchestrator.errors import JobError
 from orchestrator.spec.schema import OptimizerName, Precision
 from orchestrator.train import store
 from orchestrator.train.checkpoint import named_variables, restore
+from orchestrator.train.job import Batch
 from orchestrator.train.saver import Saver
 from tests.train.rig import Rig, make_rig
 from tests.train.tiny import Tiny
@@ -67,6 +69,42 @@ def saved(rig: Rig) -> Path:
     saver.save(rig.done)
     saver.close()
     return paths.checkpoints_dir / store.checkpoint_name(rig.done)
+
+
+class Drawing(Tiny):
+    """Adds noise to the loss, under a condition so that the draw lies in a function of its own."""
+
+    def __init__(self, draw: Callable[[], Any]):
+        super().__init__()
+        self._draw = draw
+
+    def loss(self, batch: Batch, outputs: Any) -> Any:
+        losses = super().loss(batch, outputs)
+        noise = tf.cond(losses[0] > 0, self._draw, lambda: tf.zeros([]))
+        return losses + tf.cast(noise, losses.dtype)
+
+
+@pytest.mark.parametrize(
+    ("draw", "op"),
+    [
+        (lambda: tf.random.normal([]), "RandomStandardNormal"),
+        (lambda: tf.random.uniform([]), "RandomUniform"),
+        (lambda: tf.random.shuffle(tf.range(3.0))[0], "RandomShuffle"),
+        (lambda: tf.cast(tf.random.categorical([[0.0, 0.0]], 1)[0, 0], tf.float32), "Multinomial"),
+    ],
+)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_draws_that_a_restart_changes_are_refused(
+    tmp_path: Path, draw: Callable[[], Any], op: str, replicas: int
+) -> None:
+    with pytest.raises(JobError, match=rf"deterministic=true: the step has {op} \(.*stateless"):
+        make_rig(tmp_path, Drawing(draw), replicas=replicas, **CHANGES).run(1)
+    make_rig(tmp_path, Drawing(draw), replicas=replicas).run(1)
+
+
+def test_draws_from_seeds_are_deterministic(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, Drawing(lambda: tf.random.stateless_normal([], [1, 2])), **CHANGES)
+    assert rig.run(1, 2).step.num_traces == 1
 
 
 @pytest.mark.parametrize(("replicas", "stops"), [(1, (1, 7, 13)), (2, (9,))])
