@@ -40,6 +40,12 @@ class Averages:
         """What is averaged, in the order of the averages."""
         return list(self._weights)
 
+    def restart(self) -> None:
+        """Begin again at the present weights; eager, on every worker alike."""
+        self._updates.assign(0)
+        for average, weight in zip(self._averages, self._weights, strict=True):
+            average.assign(tf.convert_to_tensor(weight.value))
+
     def update(self, applied: Any = None) -> None:
         """Follow the weights after an update; call in cross-replica context.
 

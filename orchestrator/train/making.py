@@ -88,7 +88,7 @@ def make(order: WorkerOrder, reporter: Reporter) -> Made:
         model = checked_model(job, train_source)
         if plan.config.train.freeze:
             reporter.log(freeze(job, model, plan.config.train.freeze))
-        optimizers = Optimizers(plan, job.parameter_groups(model))
+        optimizers = Optimizers(plan, job.parameter_groups(model), model)
     if plan.verifying:
         reporter.tell(Substituted, **substitute(model))
     return Made(

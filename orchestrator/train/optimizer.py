@@ -24,7 +24,9 @@ from orchestrator.spec.schema import (
 )
 from orchestrator.train import fused
 from orchestrator.train.averages import Averages
+from orchestrator.train.job import flatten_groups
 from orchestrator.train.loss_scale import LossScale
+from orchestrator.train.names import renamed, stable_names
 
 KERAS_CLASSES = {
     OptimizerName.adam: fused.Adam,
@@ -100,8 +102,19 @@ class Optimizers:
         averages: the moving average of the weights if it is asked for, else None.
     """
 
-    def __init__(self, plan: RunPlan, groups: Mapping[str, Sequence[keras.Variable]]):
+    def __init__(
+        self,
+        plan: RunPlan,
+        groups: Mapping[str, Sequence[keras.Variable]],
+        model: keras.Model | None = None,
+    ):
         """Build the optimizers and their slots; call inside `strategy.scope()`.
+
+        Args:
+            plan: of the run.
+            groups: variables by parameter group.
+            model: whose variables they are, so that patterns match names that do not depend on
+                what else the process has built.
 
         Raises:
             JobError: the groups and `optimizer.groups` do not fit each other, or overlap; or a
@@ -110,7 +123,9 @@ class Optimizers:
         config = plan.config
         _check_groups(config.optimizer, groups)
         self.groups = {name: list(variables) for name, variables in groups.items()}
-        excluded = _excluded(config.optimizer.weight_decay_exclude, self.groups)
+        names = stable_names(model) if model is not None else {}
+        paths = {id(v): renamed(v.path, names) for v in flatten_groups(self.groups)}
+        excluded = _excluded(config.optimizer.weight_decay_exclude, self.groups, paths)
         self._rates: dict[str, LearningRate] = {}
         self._optimizers = {}
         for name, variables in self.groups.items():
@@ -126,8 +141,7 @@ class Optimizers:
             self.loss_scale = LossScale(plan.loss_scale)
         self.averages: Averages | None = None
         if config.optimizer.ema_decay is not None:
-            every = [variable for group in self.groups.values() for variable in group]
-            self.averages = Averages(config.optimizer.ema_decay, every)
+            self.averages = Averages(config.optimizer.ema_decay, flatten_groups(self.groups))
 
     @property
     def variables(self) -> dict[str, list[keras.Variable]]:
@@ -138,6 +152,11 @@ class Optimizers:
         if self.averages is not None:
             state["averages"] = self.averages.variables
         return state
+
+    def take_initial_weights(self) -> None:
+        """Let averages begin at the weights that were loaded, not at the random ones before."""
+        if self.averages is not None:
+            self.averages.restart()
 
     def apply(self, gradients: Mapping[str, Sequence[Any]]) -> None:
         """Update the variables of every group; call in replica context."""
@@ -216,17 +235,19 @@ def _choosing(optimizer: Any, applied: Any) -> Iterator[None]:
 
 
 def _excluded(
-    patterns: Sequence[str], groups: Mapping[str, Sequence[keras.Variable]]
+    patterns: Sequence[str],
+    groups: Mapping[str, Sequence[keras.Variable]],
+    paths: Mapping[int, str],
 ) -> list[keras.Variable]:
     """Return the variables that weight decay leaves alone."""
-    every = [variable for group in groups.values() for variable in group]
+    every = flatten_groups(groups)
     chosen = {}
     for pattern in patterns:
-        fitting = [variable for variable in every if fnmatch.fnmatch(variable.path, pattern)]
+        fitting = [variable for variable in every if fnmatch.fnmatch(paths[id(variable)], pattern)]
         if not fitting:
             raise JobError(
                 f"optimizer.weight_decay_exclude: {pattern!r} fits no variable; they are "
-                + ", ".join(variable.path for variable in every[:12])
+                + ", ".join(paths[id(variable)] for variable in every[:12])
             )
         chosen.update({id(variable): variable for variable in fitting})
     return list(chosen.values())

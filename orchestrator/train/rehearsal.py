@@ -118,7 +118,7 @@ def build(plan: RunPlan, job: Job, source: Source) -> Built:
         model = checked_model(job, source)
         if plan.config.train.freeze:
             freeze(job, model, plan.config.train.freeze)
-        optimizers = Optimizers(plan, job.parameter_groups(model))
+        optimizers = Optimizers(plan, job.parameter_groups(model), model)
     return Built(strategy, model, optimizers)
 
 

@@ -104,6 +104,7 @@ def _begin_with(order: WorkerOrder, reporter: Reporter, made: Made) -> int:
     if path is not None:
         reporter.enter(Phase.restoring, path)
         loaded = load_initial(Path(path), made.job, made.model, reporter.progress)
+        made.optimizers.take_initial_weights()
         reporter.log(f"train.init_from={path}: {loaded.table()}")
         if order.worker == 0:
             reporter.tell(Notice, text=f"weights of {path}: {loaded.summary()}")

@@ -98,7 +98,7 @@ def assemble(
     keras.utils.set_random_seed(plan.config.train.seed)
     with strategy.scope():
         model = job.model()
-        optimizers = Optimizers(plan, job.parameter_groups(model))
+        optimizers = Optimizers(plan, job.parameter_groups(model), model)
     train, test = job.source(Split.TRAIN), job.source(Split.EVAL)
     shards = make_shards(plan.replica_batch_sizes, plan.worker_replicas(worker))
     resident, eval_resident = Resident(train, devices), Resident(test, devices)

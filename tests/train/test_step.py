@@ -406,6 +406,33 @@ def test_weight_decay_leaves_excluded_variables_alone(tmp_path: Path) -> None:
         )
 
 
+def test_weight_decay_names_layers_as_the_first_model_of_a_process_does(tmp_path: Path) -> None:
+    # Keras goes on counting: the second model's layers are dense_2 and dense_3, or beyond.
+    for _ in range(2):
+        rig = make_rig(
+            tmp_path,
+            Tiny(),
+            optimizer__weight_decay=0.5,
+            optimizer__weight_decay_exclude=["*/dense/*", "*/dense_1/bias"],
+        )
+        (optimizer,) = rig.optimizers._optimizers.values()
+        first, bias, second, last = rig.model.trainable_variables
+        uses = [optimizer._use_weight_decay(v) for v in (first, bias, second, last)]
+        assert uses == [False, False, True, False]
+
+
+def test_averages_begin_at_the_weights_that_were_loaded(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, Tiny(), replicas=2, optimizer__ema_decay=0.9).run(2)
+    for variable in rig.model.trainable_variables:
+        variable.assign(tf.ones_like(variable.value))
+    rig.optimizers.take_initial_weights()
+    averages = rig.optimizers.averages
+    assert averages is not None
+    with averages.in_place():
+        assert all((weights == 1).all() for weights in rig.weights)
+    assert int(averages.variables[0].numpy()) == 0
+
+
 def test_averages_follow_the_weights_whatever_the_replicas(tmp_path: Path) -> None:
     rigs = [make_rig(tmp_path, Tiny(), replicas=r, optimizer__ema_decay=0.9) for r in (1, 2)]
     expected = [w.copy() for w in rigs[0].weights]
