@@ -14,6 +14,7 @@ import tensorflow as tf
 from orchestrator.errors import JobError
 from orchestrator.spec.schema import Compile
 from orchestrator.train.job import Batch, Gradients, Outcome
+from orchestrator.train.sources import Split
 from tests.train.rig import Rig, make_rig
 from tests.train.tiny import Tiny
 
@@ -124,6 +125,47 @@ def test_integer_state_of_a_layer_is_refused(tmp_path: Path, compile_: Compile) 
 def test_float_state_of_a_layer_is_the_mean_over_the_replicas(tmp_path: Path) -> None:
     rig = make_rig(tmp_path, Counting("float32"), replicas=2, train__micro_batches=2).run(1, 2)
     assert np.asarray(rig.model.layers[0].count.value) == 3 * 2  # steps x micro-batches
+
+
+class Following(keras.layers.Layer):
+    """Follows the mean of its inputs with a rate of 1/4, and adds it to them."""
+
+    def build(self, shape: Any) -> None:
+        self.mean = self.add_weight(
+            shape=(shape[-1],), trainable=False, name="mean", initializer="zeros"
+        )
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        if training:
+            self.mean.assign(0.75 * self.mean + 0.25 * keras.ops.mean(inputs, axis=0))
+        return inputs + self.mean
+
+
+@pytest.mark.usefixtures("float64")
+def test_float_state_follows_micro_batches_and_is_averaged_over_uneven_replicas(
+    tmp_path: Path,
+) -> None:
+    class Follower(Tiny):
+        def model(self) -> keras.Model:
+            return keras.Sequential([keras.Input((8,)), Following(), keras.layers.Dense(3)])
+
+    rig = make_rig(tmp_path, Follower(), replicas=3, train__micro_batches=2)
+    mean = np.zeros(8)
+    for step in range(3):
+        ids = [part[0] for part in rig.feeder.take(step, 1).ids]
+        after = []
+        for part in ids:
+            own = mean
+            # 16 examples are 6, 5 and 5; in two micro-batches 3 + 3 and 3 + 2.
+            for micro in np.split(part, [3]):
+                x = rig.job.source(Split.TRAIN).fetch(micro)["x"].astype("float64")
+                own = 0.75 * own + 0.25 * x.mean(axis=0)
+            after.append(own)
+        mean = np.mean(after, axis=0)
+    rig.run(1, 2)
+    (found,) = (v for v in rig.model.non_trainable_variables if v.path.endswith("mean"))
+    for local in rig.strategy.experimental_local_results(found.value):
+        np.testing.assert_allclose(local.numpy(), mean, rtol=1e-12)
 
 
 def test_a_layer_that_assigns_a_trained_variable_is_refused(tmp_path: Path) -> None:
