@@ -5,6 +5,7 @@ Each reference below is plain TensorFlow over the whole batch, with plain descen
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from orchestrator.spec.schema import OptimizerGroup, Precision
 from orchestrator.train.sources import Split
 from tests.train import freedom
 from tests.train.freedom import Free, crossentropy
-from tests.train.rig import Rig, make_rig
+from tests.train.rig import Rig, assemble, make_rig
 
 # float64: additions in another order, 1e-16 each, times a few hundred of them.
 EXACT = 1e-12
@@ -240,6 +241,55 @@ def test_slices_large_and_small_and_an_overflow_on_one_replica(tmp_path: Path, h
         assert [float(r.loss_scale[0]) for r in spoilt.results] == [1024.0, 1024.0, 512.0]
         assert spoilt.results[-1].finite.all()
         assert apart(before, spoilt.weights) > 0
+
+
+def test_two_optimizers_accumulation_and_a_gradient_penalty_in_float16(tmp_path: Path) -> None:
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    changes: dict[str, Any] = {
+        "replicas": 2,
+        "train__micro_batches": 2,
+        "optimizer__groups": {"critic": OptimizerGroup(learning_rate=RATE / 2)},
+    }
+    exact = make_rig(tmp_path, freedom.Wasserstein(), **changes).run(STEPS)
+    keras.config.set_dtype_policy("mixed_float16")
+    changes |= {
+        "precision__policy": Precision.mixed_float16,
+        "precision__initial_loss_scale": 128.0,
+    }
+    try:
+        rig = make_rig(tmp_path, freedom.Wasserstein(), **changes).run(STEPS)
+        # The last replica's first gradient of step 2 is infinite.
+        plan = dataclasses.replace(rig.plan, overflow_step=2)
+        spoilt = assemble(plan, freedom.Wasserstein(), rig.strategy, ["CPU:0", "CPU:1"]).run(1)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    # float16 has 11 bits: 5e-4 a rounding. Not relative: the gradient of the critic's last bias
+    # is a difference of two sums that are nearly equal.
+    assert all(result.finite.all() for result in rig.results)
+    both = zip(exact.weights, rig.weights, strict=True)
+    assert max(float(np.abs(a - b).max()) for a, b in both) < 5e-3
+
+    def state() -> list[np.ndarray]:
+        sections = spoilt.optimizers.variables
+        own = [v for name, group in sections.items() if name != "loss_scale" for v in group]
+        values = [
+            local.numpy().copy()
+            for variable in [*spoilt.model.variables, *own]
+            for local in spoilt.strategy.experimental_local_results(variable.value)
+        ]
+        assert set(sections) >= {"optimizer/maker", "optimizer/critic"}
+        return values
+
+    before = state()
+    spoilt.run(1)
+    assert spoilt.results[-1].overflowed.tolist() == [True]
+    for old, new in zip(before, state(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    counts = [int(o.iterations.numpy()) for o in spoilt.optimizers._optimizers.values()]
+    assert counts == [1, 1]
+    spoilt.run(1)
+    assert spoilt.results[-1].finite.all() and float(spoilt.results[-1].loss_scale[0]) == 64.0
 
 
 @pytest.mark.usefixtures("float64")
