@@ -103,7 +103,10 @@ class Feed:
 
 
 class Feeder:
-    """Prepares the input of blocks, the next one while the present one runs."""
+    """Prepares the input of blocks, the next one while the present one runs.
+
+    All of it is done by one thread: a source is never asked for two things at once.
+    """
 
     def __init__(
         self,
@@ -120,29 +123,49 @@ class Feeder:
         self._global_batch_size = global_batch_size
         self._resident = resident
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feeder")
-        self._ahead: tuple[int, int, Future[Feed]] | None = None
+        self._steps = range(0)  # numbers of the steps done before each one that is prepared
+        self._ahead: Future[Feed] | None = None  # their input
 
     def prefetch(self, first_step: int, num_steps: int) -> None:
-        """Start to prepare a block that will probably be asked for."""
-        if num_steps > 0:
-            future = self._thread.submit(self._prepare, first_step, num_steps)
-            self._ahead = (first_step, num_steps, future)
+        """Start to prepare a block that will probably be asked for, or what is missing of it."""
+        wanted = range(first_step, first_step + num_steps)
+        if self._ahead is None or self._steps.start != first_step:
+            if self._ahead is not None:
+                self._ahead.cancel()
+            self._ahead, self._steps = None, range(first_step, first_step)
+        missing = range(self._steps.stop, wanted.stop)
+        if missing:
+            self._ahead = self._thread.submit(self._prolonged, self._ahead, missing)
+            self._steps = wanted
 
     def take(self, first_step: int, num_steps: int) -> Feed:
-        """Return the input of the steps after `first_step`."""
+        """Return the input of the steps after `first_step`.
+
+        What was prepared of it is used, and what was prepared beyond it is kept.
+        """
+        self.prefetch(first_step, num_steps)
+        assert self._ahead is not None
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == first_step and ahead[1] >= num_steps:
-            return _shortened(ahead[2].result(), num_steps)
-        return self._prepare(first_step, num_steps)
+        feed = ahead.result()
+        self._steps = self._steps[num_steps:]
+        if self._steps:
+            self._ahead = self._thread.submit(_cut, feed, slice(num_steps, None))
+        return _cut(feed, slice(num_steps))
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, first_step: int, num_steps: int) -> Feed:
+    def _prolonged(self, ahead: Future[Feed] | None, steps: range) -> Feed:
+        """Return what was prepared before, followed by some steps more."""
+        if ahead is None:
+            return self._prepare(steps)
+        return _joined(ahead.result(), self._prepare(steps))
+
+    def _prepare(self, steps: range) -> Feed:
         ids, features = [], []
         for shard in self._shards:
-            positions = shard.positions(first_step, num_steps, self._global_batch_size)
+            positions = shard.positions(steps.start, len(steps), self._global_batch_size)
             chosen = self._order.examples(positions.reshape(-1))
             ids.append(chosen.reshape(positions.shape))
             features.append({} if self._resident else fetch_block(self._source, ids[-1]))
@@ -171,11 +194,33 @@ def fetch_block(source: Source, ids: np.ndarray) -> dict[str, np.ndarray]:
     return block
 
 
-def _shortened(feed: Feed, num_steps: int) -> Feed:
+def _cut(feed: Feed, steps: slice) -> Feed:
     return Feed(
-        [ids[:num_steps] for ids in feed.ids],
-        [{name: array[:num_steps] for name, array in part.items()} for part in feed.features],
+        [ids[steps] for ids in feed.ids],
+        [{name: array[steps] for name, array in part.items()} for part in feed.features],
     )
+
+
+def _joined(first: Feed, second: Feed) -> Feed:
+    """Return the steps of one input followed by those of another."""
+    return Feed(
+        [np.concatenate(pair) for pair in zip(first.ids, second.ids, strict=True)],
+        [
+            {name: _appended(array, right[name]) for name, array in left.items()}
+            for left, right in zip(first.features, second.features, strict=True)
+        ],
+    )
+
+
+def _appended(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Join the steps of one feature; the longer of two buckets holds both."""
+    sizes = [max(pair) for pair in zip(left.shape[1:], right.shape[1:], strict=True)]
+    return np.concatenate([_padded(left, sizes), _padded(right, sizes)])
+
+
+def _padded(array: np.ndarray, sizes: list[int]) -> np.ndarray:
+    missing = [size - had for size, had in zip(sizes, array.shape[1:], strict=True)]
+    return np.pad(array, [(0, 0), *((0, few) for few in missing)]) if any(missing) else array
 
 
 def evaluation_ids(

@@ -109,6 +109,7 @@ class Loop:
                     self._parts.audit.check(step)
             wish = self._wish(result, num_steps, wall_s)
             decision = self._parts.agreement.decide(wish)
+            self._length.agreed(decision.number)
             self._parts.guard.refuse(result, first, wish, decision)
             self._save(step, decision)
             if decision.finish:
@@ -126,7 +127,7 @@ class Loop:
         feed = parts.feeder.take(step, num_steps)
         data_wait_s = parts.clock() - start
         after = step + num_steps
-        # A guess at the block after this one; a shorter one is cut from it.
+        # A guess at the block after this one: lengths seldom change, and to a longer one is added.
         parts.feeder.prefetch(after, self._schedule.clip(after, self._length.steps))
         rates = parts.optimizers.learning_rates(num_steps) if self._is_chief else {}
         if parts.profile is not None:

@@ -10,6 +10,8 @@ from orchestrator.spec.plan import RunPlan
 
 _FIRST_BLOCK_STEPS = 1
 _GROWTH = 16
+# Shares of a length within which another one is not worth it.
+_FITS = (0.8, 1.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class BlockLength:
     """How many steps fill a block of the wanted duration, learned from the blocks before.
 
     The first block is one step: it traces, and a result is seen early. Lengths then grow by at
-    most a factor of 16 a block, because the first measurements are noisy.
+    most a factor of 16 a block, because the first measurements are noisy. One that fits about stays
+    as it is, so that the input prepared for the next block is just what that takes.
     """
 
     def __init__(self, block_s: float, max_steps: int):
@@ -87,6 +90,10 @@ class BlockLength:
         """The wanted length of the next block."""
         return self._steps
 
+    def agreed(self, num_steps: int) -> None:
+        """Take over what the chief wants, so that every worker prepares as much input."""
+        self._steps = num_steps
+
     def measured(self, num_steps: int, wall_s: float) -> None:
         """Learn from a finished block. The first one is not learned from: it traced."""
         if not self._warm:
@@ -94,4 +101,5 @@ class BlockLength:
             self._steps = min(self._max_steps, _GROWTH) if wall_s < 30 * self._block_s else 1
             return
         fitting = int(self._block_s * num_steps / max(wall_s, 1e-9))
-        self._steps = max(1, min(self._max_steps, fitting, self._steps * _GROWTH))
+        if not _FITS[0] * self._steps <= fitting <= _FITS[1] * self._steps:
+            self._steps = max(1, min(self._max_steps, fitting, self._steps * _GROWTH))

@@ -80,7 +80,7 @@ class Source(ABC):
     def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return the examples at some indices.
 
-        Called from a thread while the previous block of steps runs.
+        Called from a thread while the previous block of steps runs, once at a time.
 
         Args:
             indices: int64 [n], each in [0, num_examples), in any order, repeats allowed.

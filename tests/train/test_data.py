@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -78,6 +80,53 @@ def test_prefetching_never_changes_what_a_block_gets(guess: tuple[int, int] | No
         np.testing.assert_array_equal(left, right)
     for ids, features in zip(feed.ids, feed.features, strict=True):
         np.testing.assert_array_equal(features["x"], ids * 10)
+
+
+class Watched(ArraySource):
+    """Remembers which examples were fetched, and by which threads."""
+
+    def __init__(self, n: int):
+        super().__init__({"x": np.arange(n) * 10})
+        self.fetched: list[np.ndarray] = []
+        self.threads: set[int] = set()
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        self.fetched.append(indices)
+        self.threads.add(threading.get_ident())
+        return super().fetch(indices)
+
+
+@pytest.mark.parametrize("n", [50, 20_011])
+def test_blocks_of_any_length_fetch_each_example_once_by_one_thread(n: int) -> None:
+    source, order = Watched(n), Order(0, n)
+    feeder = Feeder(source, order, make_shards((8,), range(1)), 8, resident=False)
+    # Each block is prepared with the length of the one before it, as the loop does.
+    lengths = [1, 16, 5, 9, 4, 20, 20, 3, 1]
+    total, done, used = 0, 0, []
+    for num_steps in lengths:
+        feed = feeder.take(done, num_steps)
+        total += ledger_hash(feed.ids[0], done)
+        np.testing.assert_array_equal(feed.features[0]["x"], feed.ids[0] * 10)
+        assert feed.ids[0].shape == (num_steps, 8)
+        used.append(feed.ids[0].reshape(-1))
+        done += num_steps
+        feeder.prefetch(done, min(num_steps, sum(lengths) - done))
+    feeder.close()
+    np.testing.assert_array_equal(np.concatenate(source.fetched), np.concatenate(used))
+    whole = order.examples(np.arange(sum(lengths) * 8, dtype=np.int64))
+    np.testing.assert_array_equal(np.concatenate(used), whole)
+    assert total % 2**64 == ledger_hash(whole.reshape(-1, 8), 0)
+    assert len(source.threads) == 1 and threading.get_ident() not in source.threads
+
+
+def test_steps_that_are_left_out_are_not_given_to_later_blocks() -> None:
+    feeder = make_feeder()
+    feeder.prefetch(4, 5)
+    for first, num_steps in ((6, 2), (8, 3), (2, 1)):  # a rollback goes on after the bad step
+        feed, plain = feeder.take(first, num_steps), make_feeder().take(first, num_steps)
+        np.testing.assert_array_equal(feed.ids[1], plain.ids[1])
+        np.testing.assert_array_equal(feed.features[1]["x"], feed.ids[1] * 10)
+        feeder.prefetch(first + num_steps, 4)
 
 
 @pytest.mark.parametrize(

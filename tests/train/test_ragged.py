@@ -11,7 +11,6 @@ import pytest
 import tensorflow as tf
 
 from orchestrator.errors import JobError
-from orchestrator.spec.plan import split_evenly
 from orchestrator.spec.schema import Compile
 from orchestrator.train.data import Feeder, Order, fetch_block, make_shards
 from orchestrator.train.inputs import feature_spec, step_features
@@ -187,15 +186,17 @@ def test_xla_says_that_it_compiles_for_each_bucket(tmp_path: Path) -> None:
     assert told == [widths.index(width) for width in dict.fromkeys(widths)] and len(told) == 2
 
 
-def test_a_block_cut_short_keeps_its_steps() -> None:
-    source = make_source()
-    shards = make_shards(split_evenly(4, 1), range(1))
-    feeders = [Feeder(source, Order(0, 96), shards, 4, resident=False) for _ in range(2)]
-    feeders[0].prefetch(2, 9)
-    cut, plain = (feeder.take(2, 3).features[0] for feeder in feeders)
-    for i in range(3):
-        left, right = (
-            step_features({k: tf.constant(v) for k, v in part.items()}, tf.constant(i))
-            for part in (cut, plain)
-        )
-        np.testing.assert_array_equal(left["x"], right["x"])
+@pytest.mark.parametrize(("ahead", "num_steps"), [(9, 3), (9, 9), (1, 14)])
+def test_a_block_cut_short_or_prolonged_keeps_its_steps(ahead: int, num_steps: int) -> None:
+    source, shards = make_source(), make_shards((1,), range(1))
+    feeders = [Feeder(source, Order(0, 96), shards, 1, resident=False) for _ in range(2)]
+    feeders[0].prefetch(2, ahead)
+    for first, length in ((2, num_steps), (2 + num_steps, 10)):
+        found, plain = (feeder.take(first, length).features[0] for feeder in feeders)
+        for i in range(length):
+            left, right = (
+                step_features({k: tf.constant(v) for k, v in part.items()}, tf.constant(i))
+                for part in (found, plain)
+            )
+            for name in source.features:
+                np.testing.assert_array_equal(left[name], right[name])

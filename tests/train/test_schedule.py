@@ -64,3 +64,18 @@ def test_steps_longer_than_a_block_run_one_at_a_time() -> None:
     assert length.steps == 1
     length.measured(1, 3.0)
     assert length.steps == 1
+
+
+def test_a_length_that_fits_about_stays_so_that_its_input_is_at_hand() -> None:
+    length = BlockLength(block_s=0.5, max_steps=2000)
+    length.agreed(100)  # what the chief wants, whatever was measured here
+    assert length.steps == 100
+    length.measured(1, 1.0)  # traced
+    length.agreed(100)
+    for wall_s in (0.41, 0.6):  # 121 and 83 steps would fit
+        length.measured(100, wall_s)
+        assert length.steps == 100
+    length.measured(100, 0.25)
+    assert length.steps == 200
+    length.measured(200, 2.0)
+    assert length.steps == 50
