@@ -18,7 +18,7 @@ class Wish:
         save: save a checkpoint.
         stop: interrupt the run.
         finish: complete the run before its last step.
-        guilty: the loss was not finite here.
+        guilty: a loss or gradient was not finite here.
         failed: what was to be saved could not be written here.
         number: steps of the next block, or whatever else the chief decides for all.
     """

@@ -2,8 +2,8 @@
 
 The row of a step holds, in this order: whether it was applied, the global norm of the mean
 gradient, the number of the first variable whose gradient is not finite (0 for none), the loss
-scale, the loss of each local replica, on request the norms of each variable's gradient and of the
-variable, and the sums.
+scale, the loss of each local replica, whether the gradients of each were finite, on request the
+norms of each variable's gradient and of the variable, and the sums.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class BlockResult:
         finite: whether the update was applied, bool [n].
         overflowed: not applied because float16 overflowed, which the loss scale expects, bool [n].
         bad_variable: path of the first variable whose gradient is not finite; "" without one.
-        local_finite: whether the loss of each local replica was finite, bool [n, local replicas].
+        finite_losses: whether the loss of each local replica was finite, bool [n, local replicas].
+        finite_gradients: whether the gradients of each were, before they were added up over all
+            replicas, bool [n, local replicas].
         ids: for each local replica the examples as the steps used them, int64 [n, batch].
         norms: with `train.layer_norms`, `gradient_norm/<path>` and `weight_norm/<path>` of each
             variable before the update, [n] each.
@@ -44,7 +46,8 @@ class BlockResult:
     finite: np.ndarray
     overflowed: np.ndarray
     bad_variable: list[str]
-    local_finite: np.ndarray
+    finite_losses: np.ndarray
+    finite_gradients: np.ndarray
     ids: list[np.ndarray]
     norms: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -52,6 +55,12 @@ class BlockResult:
     def broken(self) -> np.ndarray:
         """Which steps were not finite, and not because of the loss scale; bool [n]."""
         return ~self.finite & ~self.overflowed
+
+    @property
+    def is_guilty(self) -> bool:
+        """Whether the first of these was not finite on a replica of this worker."""
+        first = np.flatnonzero(self.broken)[:1]
+        return not (self.finite_losses & self.finite_gradients)[first].all()
 
     def until(self, num_steps: int) -> BlockResult:
         """Return the report of the first steps only."""
@@ -93,6 +102,7 @@ class Rows:
         bad: Any,
         scale: Any,
         local: Sequence[Any],
+        sound: Sequence[Any],
         norms: Sequence[Any],
         sums: Any,
     ) -> Any:
@@ -104,12 +114,14 @@ class Rows:
             bad: what `first_bad` finds, scalar.
             scale: the loss scale, scalar.
             local: the loss of each local replica, scalars.
+            sound: whether the gradients of each local replica are finite, bool scalars.
             norms: where they are wanted, those of all gradients and of all variables,
                 [variables] each.
             sums: the reduced sums, as `weighted_sums` orders them.
         """
         dtype = sums.dtype
         head = [tf.cast(ok, dtype), mean_norm, tf.cast(bad, dtype), tf.cast(scale, dtype), *local]
+        head += [tf.cast(each, dtype) for each in sound]
         return tf.concat([tf.stack(head), *norms, sums], 0)
 
     def read(self, rows: np.ndarray, ids: list[np.ndarray]) -> BlockResult:
@@ -117,8 +129,8 @@ class Rows:
         assert self.layout is not None
         columns = rows.astype(np.float64)
         num_norms = 2 * len(self._paths) if self.with_norms else 0
-        borders = np.cumsum([4, self._num_local, num_norms, 1])
-        head, local, norms, weight, sums = np.split(columns, borders, axis=1)
+        borders = np.cumsum([4, self._num_local, self._num_local, num_norms, 1])
+        head, local, sound, norms, weight, sums = np.split(columns, borders, axis=1)
         split = self.layout.split(sums)
         names = ["", *self._paths]
         finite, scale = head[:, 0] > 0, head[:, 3]
@@ -131,7 +143,8 @@ class Rows:
             # At a scale of 1 it is not the scale's doing any more.
             overflowed=~finite & np.isfinite(split["loss"]) & (scale > 1),
             bad_variable=[names[int(index)] for index in head[:, 2]],
-            local_finite=np.isfinite(local),
+            finite_losses=np.isfinite(local),
+            finite_gradients=sound > 0,
             ids=ids,
             norms=self._named(norms),
         )

@@ -1,7 +1,7 @@
 """What happens when a step is not finite: `train.on_nan`.
 
-Which steps are not finite follows from reduced values, so all workers see the same. Whose loss it
-was only the worker itself knows, and tells.
+Which steps are not finite follows from reduced values, so all workers see the same. Whose loss or
+gradient it was only the worker itself knows, and tells.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class NanGuard:
         return result
 
     def refuse(self, result: BlockResult, first: int, own: Wish, all_workers: Wish) -> None:
-        """Stop at the first bad step, told by the worker whose loss it was.
+        """Stop at the first bad step, told by the worker whose loss or gradient it was.
 
         Args:
             result: of a block.
@@ -92,13 +92,10 @@ class NanGuard:
             return
         index = int(np.flatnonzero(result.broken)[0])
         step = first + index + 1
-        if all_workers.guilty and not own.guilty:
-            raise Stopped(f"step {step} was not finite on another worker")
-        if not all_workers.guilty and self._worker > 0:
-            raise Stopped(f"step {step} was not finite; the chief tells about it")
+        if not self._tells(own.guilty, all_workers.guilty):
+            raise Stopped(f"step {step} was not finite; another worker tells about it")
         raise JobError(
-            f"{_what(result, index)} is not finite at step {step}, worker {self._worker}, examples "
-            f"{_guilty_ids(result, index)}{_named(result, index)}; the update was not applied. "
+            f"{self._story(result, index, step, 'is')}; the update was not applied. "
             "Look at these examples, lower optimizer.learning_rate, set "
             "optimizer.clip_global_norm, or go on with train.on_nan=skip or rollback"
         )
@@ -112,37 +109,58 @@ class NanGuard:
 
         Raises:
             JobError: there is no checkpoint, or this one did not help before.
-            Stopped: the same, on workers that leave the telling to the chief.
+            Stopped: the same, on workers that leave the telling to another.
         """
         if self._on_nan is not OnNan.rollback or not result.broken.any():
             return
         index = int(np.flatnonzero(result.broken)[0])
         bad_step = step - len(result.finite) + index + 1
-        what = (
-            f"{_what(result, index)} was not finite at step {bad_step}, examples "
-            f"{_guilty_ids(result, index)}{_named(result, index)}"
-        )
-        checkpoint = self._agreed_checkpoint(bad_step)
+        what = self._story(result, index, bad_step, "was")
+        checkpoint, guilty = self._agreed_checkpoint(bad_step, guilty=result.is_guilty)
+        tells = self._tells(result.is_guilty, guilty)
         if checkpoint is None:
-            self._give_up(f"{what}; there is no checkpoint to go back to")
+            _give_up(f"{what}; there is no checkpoint to go back to", tells=tells)
         else:
             known, times = self._rollbacks
             self._rollbacks = (checkpoint, times + 1 if known == checkpoint else 1)
             if self._rollbacks[1] > _MOST_ROLLBACKS:
-                self._give_up(
+                _give_up(
                     f"{what}; for the {self._rollbacks[1]}th time since the "
-                    f"checkpoint of step {checkpoint}; going back there does not help"
+                    f"checkpoint of step {checkpoint}; going back there does not help",
+                    tells=tells,
                 )
             with self._reporter.within(Phase.restoring):
                 progress = self._reporter.progress
                 restore(self._folder(checkpoint), self._variables, progress=progress)
                 self._restored()
-            if self._worker == 0:
+            if tells:
                 text = f"{what}; the weights are those of step {checkpoint} again"
                 self._reporter.tell(Notice, text=text)
 
-    def _agreed_checkpoint(self, before: int) -> int | None:
-        """Return the step of the newest valid checkpoint before a step, as the chief finds it.
+    def _tells(self, own: bool, anybody: bool) -> bool:
+        """Tell whether this worker tells: a guilty one, or the chief where nobody is."""
+        return own if anybody else self._worker == 0
+
+    def _story(self, result: BlockResult, index: int, step: int, verb: str) -> str:
+        """Return what was not finite, for the worker that tells about it."""
+        bad = result.bad_variable[index]
+        named = f"; the first bad gradient is that of {bad}" if bad else ""
+        if not result.is_guilty:
+            return (
+                f"the sum over all replicas and variables {verb} not finite at step {step}, "
+                "although the loss and the gradients of each replica are: worker and examples are "
+                f"not known{named}"
+            )
+        what = "the gradient" if result.finite_losses[index].all() else "the loss"
+        return (
+            f"{what} {verb} not finite at step {step}, worker {self._worker}, examples "
+            f"{_guilty_ids(result, index)}{named}"
+        )
+
+    def _agreed_checkpoint(self, before: int, *, guilty: bool) -> tuple[int | None, bool]:
+        """Return the step of the newest valid checkpoint before a step, and if anybody is guilty.
+
+        The checkpoint is the one that the chief finds.
 
         One that this attempt has not made, later than where it began, is of a driver that was
         killed before it was on record.
@@ -164,34 +182,25 @@ class NanGuard:
                 progress = self._reporter.progress
                 path = store.newest_valid(self._checkpoints_dir, accepts, progress).path
             number = 0 if path is None else store.step_of(path) + 1
-        agreed = self._agreement.decide(Wish(number=number)).number
-        return agreed - 1 if agreed else None
+        agreed = self._agreement.decide(Wish(guilty=guilty, number=number))
+        return agreed.number - 1 if agreed.number else None, agreed.guilty
 
     def _folder(self, step: int) -> Path:
         return self._checkpoints_dir / store.checkpoint_name(step)
 
-    def _give_up(self, story: str) -> None:
-        if self._worker > 0:
-            raise Stopped("a step was not finite; the chief tells about it")
-        raise JobError(
-            f"{story} (train.on_nan=rollback). Save more often (checkpoint.every_steps), lower "
-            "optimizer.learning_rate, or leave such updates out with train.on_nan=skip"
-        )
 
-
-def _what(result: BlockResult, index: int) -> str:
-    return "the gradient" if result.local_finite[index].all() else "the loss"
-
-
-def _named(result: BlockResult, index: int) -> str:
-    bad = result.bad_variable[index]
-    return f"; the first bad gradient is that of {bad}" if bad else ""
+def _give_up(story: str, *, tells: bool) -> None:
+    if not tells:
+        raise Stopped("a step was not finite; another worker tells about it")
+    raise JobError(
+        f"{story} (train.on_nan=rollback). Save more often (checkpoint.every_steps), lower "
+        "optimizer.learning_rate, or leave such updates out with train.on_nan=skip"
+    )
 
 
 def _guilty_ids(result: BlockResult, index: int) -> str:
-    bad = [
-        ids[index] for ids, ok in zip(result.ids, result.local_finite[index], strict=True) if not ok
-    ]
-    ids = np.concatenate(bad or [ids[index] for ids in result.ids]).tolist()
+    finite = result.finite_losses[index] & result.finite_gradients[index]
+    bad = [ids[index] for ids, ok in zip(result.ids, finite, strict=True) if not ok]
+    ids = np.concatenate(bad).tolist()
     shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
     return f"[{shown}{f', ... {len(ids)} in all' if len(ids) > _SHOWN_IDS else ''}]"

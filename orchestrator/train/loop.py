@@ -193,7 +193,7 @@ class Loop:
             save=self._saving.wish(by_step=by_step, at_once=at_once),
             stop=stop,
             finish=self._is_finished(),
-            guilty=not result.local_finite.all(),
+            guilty=result.is_guilty,
             number=self._length.steps,
         )
 

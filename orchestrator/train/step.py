@@ -180,8 +180,8 @@ class TrainStep:
         ]
 
         def one_step(i: Any, rows: Any, ids: Any) -> Any:
-            reduced, local_loss, used = self._strategy.run(reduce, (first_step, i, feeds))
-            row = self._decide(reduced, local_loss, choose=choose)
+            reduced, local, used = self._strategy.run(reduce, (first_step, i, feeds))
+            row = self._decide(reduced, *local, choose=choose)
             parts = self._strategy.experimental_local_results(used)
             ids = [array.write(i, part) for array, part in zip(ids, parts, strict=True)]
             return i + 1, rows.write(i, row), ids
@@ -192,8 +192,17 @@ class TrainStep:
         )
         return rows.stack(), [array.stack() for array in ids]
 
-    def _decide(self, reduced: Sequence[Any], local_loss: Any, *, choose: bool) -> Any:
-        """Update all variables if everything is finite; return the row that tells about it."""
+    def _decide(
+        self, reduced: Sequence[Any], losses: Any, gradients: Sequence[Any], *, choose: bool
+    ) -> Any:
+        """Update all variables if everything is finite; return the row that tells about it.
+
+        Args:
+            reduced: what `_reduce` returns.
+            losses: of the local replicas.
+            gradients: of the local replicas, looked at only if something is not finite.
+            choose: see `_block`'s `xla`.
+        """
         values = self._first(reduced)
         sums, count = values[-1], len(self._variables)
         squares = self._squares(values[:count], compiled=choose)
@@ -210,12 +219,26 @@ class TrainStep:
         if choose:
             self._update(reduced, norm, ok)
             bad = first_bad(squares)
+            sound = [bad == 0]  # there is one replica
         else:
-            bad = tf.cond(ok, lambda: self._update(reduced, norm), lambda: first_bad(squares))
+            bad, sound = tf.cond(
+                ok,
+                lambda: (self._update(reduced, norm), [True] * len(self._shards)),
+                lambda: (first_bad(squares), self._sound(gradients)),
+            )
         if scale is not None:
             scale.update(ok)
-        local = self._strategy.experimental_local_results(local_loss)
-        return self._rows.write(ok=ok, bad=bad, local=local, norms=norms, sums=sums, **told)
+        local = self._strategy.experimental_local_results(losses)
+        return self._rows.write(
+            ok=ok, bad=bad, local=local, sound=sound, norms=norms, sums=sums, **told
+        )
+
+    def _sound(self, gradients: Sequence[Any]) -> list[Any]:
+        """Return for each local replica whether its own gradients are finite."""
+        bad = self._strategy.run(
+            lambda arrays: first_bad(self._squares(arrays, compiled=False)), (gradients,)
+        )
+        return [number == 0 for number in self._strategy.experimental_local_results(bad)]
 
     def _squares(self, gradients: Sequence[Any], *, compiled: bool) -> Any:
         """Return the sum of squares of each array, [number of variables]."""
@@ -228,7 +251,8 @@ class TrainStep:
         """Differentiate on one replica and add up over all of them.
 
         Returns:
-            The reduced values (gradients, moving state, sums), the local loss, the local ids.
+            The reduced values (gradients, moving state, sums), the local loss and gradients, the
+            local ids.
         """
         local = local_replica(self._plan)
         block_ids, block_features = feeds[local]
@@ -253,7 +277,8 @@ class TrainStep:
             values = [
                 v if done else next(summed) for v, done in zip(values, are_reduced, strict=True)
             ]
-        return values, share.sums[1], ids
+        own = [g.values if isinstance(g, tf.IndexedSlices) else g for g in share.gradients]
+        return values, (share.sums[1], own), ids
 
     def _update(self, reduced: Sequence[Any], norm: Any, ok: Any = None) -> Any:
         """Update all variables; with `ok` only if it is true."""

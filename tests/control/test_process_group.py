@@ -42,7 +42,8 @@ def test_two_workers_go_back_to_a_checkpoint_together(zygote: Zygote, tmp_path: 
     plan = two_workers(
         tmp_path,
         job__class_name="tests.train.faulty.Poisoned",
-        job__args={"steps": [7]},
+        # The last example of a step is the last worker's.
+        job__args={"steps": [7], "place": 15, "hidden": True},
         train__on_nan=OnNan.rollback,
         train__audit_every_steps=3,
         checkpoint__every_steps=4,
@@ -50,7 +51,8 @@ def test_two_workers_go_back_to_a_checkpoint_together(zygote: Zygote, tmp_path: 
     with ended_workers(plan, zygote) as told:
         pass
     [notice] = [m.text for m in told if isinstance(m, Notice) and "not finite" in m.text]
-    assert "at step 7" in notice and notice.endswith("the weights are those of step 4 again")
+    assert "the gradient was not finite at step 7, worker 1, examples [" in notice
+    assert notice.endswith("the weights are those of step 4 again")
     for worker in range(2):
         blocks = [m for m in told if isinstance(m, BlockDone) and m.worker == worker]
         assert sum(block.num_steps for block in blocks) == 12

@@ -16,11 +16,21 @@ from tests.train.tiny import Tiny
 
 
 class Poisoned(Tiny):
-    """Has an infinite loss for the first example of some steps, counted from 1."""
+    """Has an infinite loss for one example of some steps, counted from 1.
 
-    def __init__(self, steps: Sequence[int] = (), batch: int = 16):
+    Args:
+        steps: which.
+        batch: the global batch size.
+        place: of the example in the batch.
+        hidden: the loss is finite, and its gradient is not: that of a square root at 0.
+    """
+
+    def __init__(
+        self, steps: Sequence[int] = (), batch: int = 16, place: int = 0, hidden: bool = False
+    ):
         super().__init__(normalise=True)
-        self.positions = [(step - 1) * batch for step in steps]
+        self.positions = [(step - 1) * batch + place for step in steps]
+        self.hidden = hidden
 
     def prepare(self, batch: Batch, *, training: bool, seeds: Any) -> Batch:
         bad = tf.zeros_like(batch["y"], tf.bool)
@@ -30,6 +40,9 @@ class Poisoned(Tiny):
 
     def loss(self, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
         losses = super().loss(batch, outputs)
+        if self.hidden:
+            zeros = 0 * outputs[:, 0]
+            return losses + tf.sqrt(tf.where(batch["bad"], zeros, tf.ones_like(zeros)))
         return losses / tf.cast(~batch["bad"], losses.dtype)
 
 

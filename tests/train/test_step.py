@@ -201,7 +201,7 @@ def test_an_update_that_is_not_finite_is_applied_on_no_replica(tmp_path: Path) -
     assert difference(before, rig.weights) == 0
     result = rig.results[-1]
     assert result.finite.tolist() == [False]
-    assert result.local_finite.tolist() == [[True, False]]
+    assert result.finite_losses.tolist() == [[True, False]]
     rig.run(1)
     assert rig.results[-1].finite.tolist() == [True]
     assert difference(before, rig.weights) > 0
