@@ -110,8 +110,14 @@ SUBJECTS = (
         40,
         4,
         {"graph": "≥ 0.98", "fit": "≥ 1.03", "fit-graph": "≥ 1.03"},
-        # A sample is shorter than the job's own warm-up, which must be shorter than the run.
-        overrides=("schedule.warmup_steps=10",),
+        overrides=(
+            # A sample is shorter than the job's own warm-up, which must be shorter than the run.
+            "schedule.warmup_steps=10",
+            # The comparators keep no moving average.
+            "optimizer.ema_decay=null",
+            "train.evaluate_ema=false",
+            "export.weights=last",
+        ),
     ),
     Subject("synthetic", 60, 10, {"graph": "≥ 0.98"}),
 )

@@ -97,7 +97,7 @@ def make_spec(job: str, overrides: tuple[str, ...], block_steps: int, seconds: f
         num_workers=plan.num_workers,
         num_threads=plan.cpus_per_worker,
         block_steps=block_steps,
-        precision=config.precision.policy.value,
+        precision=plan.precision.value,
         seed=config.train.seed,
         optimizer=optimizer.name.value,
         arguments=arguments,

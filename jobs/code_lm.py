@@ -50,7 +50,9 @@ class CodeLm(Job):
             x = x + attention(normal, normal, use_causal_mask=True)
             normal = layers.LayerNormalization()(x)
             x = x + layers.Dense(self.width)(layers.Dense(4 * self.width, "gelu")(normal))
-        return keras.Model(tokens, layers.Dense(BYTES)(layers.LayerNormalization()(x)))
+        logits = layers.Dense(BYTES)(layers.LayerNormalization()(x))
+        # Probabilities are computed in full precision whatever the layers compute in.
+        return keras.Model(tokens, keras.ops.cast(logits, keras.config.floatx()))
 
     def source(self, split: Split) -> Source:
         """Return windows `x` uint8 [context] and `y`, the byte after each."""

@@ -74,7 +74,7 @@ def convert(arguments: list[str], config_dir: Path | None, cwd: Path) -> None:
         "args": config.job.args,
         "data_path": plan.data_path,
         "data_dir": plan.data_dir,
-        "policy": config.precision.policy.value,
+        "policy": plan.precision.value,
     }
     _run(json.dumps(order), config.code_dirs)
 

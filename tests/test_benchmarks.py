@@ -20,7 +20,7 @@ from benchmarks.report import (
     tables,
     verdict,
 )
-from benchmarks.rows import COMMANDS, rows
+from benchmarks.rows import COMMANDS, SUBJECTS, Subject, rows
 from benchmarks.spec import Spec, make_spec
 from benchmarks.state import State
 
@@ -206,8 +206,17 @@ def test_parameter_groups_keep_their_own_learning_rates() -> None:
     }
 
 
+NO_AVERAGE = ("train.evaluate_ema=false", "export.weights=last")
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=[subject.job for subject in SUBJECTS])
+def test_the_comparators_do_the_work_of_every_job_that_is_measured(subject: Subject) -> None:
+    spec = make_spec(subject.job, subject.overrides, subject.block_steps, 2.0)
+    assert Spec.from_json(spec.to_json()) == spec
+
+
 def test_a_comparator_has_the_same_schedule_and_clipping() -> None:
-    spec = make_spec("code_lm", (), 4, 2.0)
+    spec = make_spec("code_lm", ("optimizer.ema_decay=null", *NO_AVERAGE), 4, 2.0)
     # 60,000 windows, 32 a step: 1,875 steps of which 100 warm up, and the cosine ends at zero.
     assert spec.cosine == (100, 1_875, 0.0)
     assert spec.arguments["global_clipnorm"] == 1.0

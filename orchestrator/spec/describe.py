@@ -10,6 +10,7 @@ from orchestrator.spec.schema import (
     Compile,
     OnNan,
     OptimizerConfig,
+    Precision,
     ScheduleName,
     StrategyName,
     Weights,
@@ -45,7 +46,7 @@ def describe(plan: RunPlan) -> str:
         *_on_request(plan),
         ("optimizer", _optimizer(plan)),
         ("data", _data(plan)),
-        ("precision", f"{config.precision.policy.value}, {_compile(plan)}"),
+        ("precision", f"{_precision(plan)}, {_compile(plan)}"),
         ("export", _export(plan)),
         ("run folder", str(plan.paths.root)),
         ("tracking", f"{mask_text(plan.tracking_uri)}, experiment {experiment_name(plan)}"),
@@ -198,6 +199,12 @@ def _optimizer(plan: RunPlan) -> str:
 def _data(plan: RunPlan) -> str:
     where = f"from {plan.data_path}" if plan.data_path else f"kept in {plan.data_dir}"
     return f"{_count(plan.config.data.num_examples, 'example')}, {where}"
+
+
+def _precision(plan: RunPlan) -> str:
+    if plan.config.precision.policy is Precision.auto:
+        return f"auto: {plan.precision.value} (on a {plan.device_kind})"
+    return plan.precision.value
 
 
 def _compile(plan: RunPlan) -> str:

@@ -84,6 +84,14 @@ class RunPlan:
         return self.num_workers * self.devices_per_worker
 
     @property
+    def precision(self) -> Precision:
+        """The dtype policy of the model: as configured, `auto` by the kind of device."""
+        policy = self.config.precision.policy
+        if policy is not Precision.auto:
+            return policy
+        return Precision.mixed_bfloat16 if self.device_kind == "GPU" else Precision.float32
+
+    @property
     def exports_averages(self) -> bool:
         """Whether the model is exported with the moving average of its weights.
 

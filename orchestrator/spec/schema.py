@@ -93,8 +93,12 @@ class Weights(Enum):
 
 
 class Precision(Enum):
-    """Keras dtype policies; float64 is for comparisons."""
+    """Keras dtype policies; float64 is for comparisons.
 
+    auto is mixed_bfloat16 on GPUs and float32 on CPUs.
+    """
+
+    auto = "auto"
     float32 = "float32"
     float64 = "float64"
     mixed_bfloat16 = "mixed_bfloat16"

@@ -35,10 +35,8 @@ def configure_devices(order: WorkerOrder) -> list[str]:
     plan = order.plan
     os.environ["CUDA_VISIBLE_DEVICES"] = order.visible_gpus
     config = plan.config
-    keras.config.set_floatx(
-        "float64" if config.precision.policy is Precision.float64 else "float32"
-    )
-    keras.config.set_dtype_policy(config.precision.policy.value)
+    keras.config.set_floatx("float64" if plan.precision is Precision.float64 else "float32")
+    keras.config.set_dtype_policy(plan.precision.value)
     tf.config.set_soft_device_placement(config.cluster.soft_placement)
     tf.debugging.set_log_device_placement(config.cluster.log_device_placement)
     if config.train.deterministic:

@@ -70,9 +70,8 @@ def main() -> int:
 
 def _rehearse(plan: RunPlan, with_model: bool, found: dict[str, Any]) -> None:
     """Fill in what is found, as far as it goes."""
-    policy = plan.config.precision.policy
-    keras.config.set_floatx("float64" if policy is Precision.float64 else "float32")
-    keras.config.set_dtype_policy(policy.value)
+    keras.config.set_floatx("float64" if plan.precision is Precision.float64 else "float32")
+    keras.config.set_dtype_policy(plan.precision.value)
     job = load_job(plan)
     source = load_source(job, plan, Split.TRAIN)
     found["splits"].append(_described(Split.TRAIN, source))

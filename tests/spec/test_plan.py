@@ -19,7 +19,7 @@ from orchestrator.errors import PlanError
 from orchestrator.spec.config import list_group, load_config
 from orchestrator.spec.describe import describe
 from orchestrator.spec.plan import Host, RunPlan, make_plan, split_evenly
-from orchestrator.spec.schema import ClusterName, StrategyName
+from orchestrator.spec.schema import ClusterName, Precision, StrategyName
 from tests.plans import tiny_config, tiny_plan
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
@@ -319,6 +319,15 @@ def test_the_plan_of_a_shipped_job_reads_as_it_did(job: str, case: str) -> None:
         path.write_text(text, encoding="utf-8")
     assert path.is_file(), f"no {path}; UPDATE_GOLDEN=1 writes it"
     assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("host", "policy"), [(CPU_HOST, "float32"), (GPU_HOST, "mixed_bfloat16")])
+def test_auto_precision_follows_the_device_and_the_plan_tells(host: Host, policy: str) -> None:
+    plan = plan_on(host, precision__policy=Precision.auto)
+    assert plan.precision is Precision(policy) and plan.loss_scale is None
+    assert f"auto: {policy} (on a " in describe(plan)
+    plan = plan_on(host, precision__policy=Precision.mixed_float16)
+    assert plan.precision is Precision.mixed_float16 and plan.loss_scale == 2.0**15
 
 
 def test_every_golden_file_belongs_to_a_shipped_job() -> None:
