@@ -124,8 +124,9 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         bench = Bench(options.pairs, options.seconds, state, Path(name))
         print(f"about {bench.estimate_s(ratios, commands) / 60:.0f} minutes", flush=True)
-        for row in ratios:
-            lines[row.name] = _ratio(bench, row, when)
+        for group in bench.groups(ratios):
+            bench.measure(group)
+            lines |= {row.name: _ratio(bench, row, when) for row in group}
             measured = _write(lines)
         for command in commands:
             seconds = bench.seconds(command)

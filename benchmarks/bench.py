@@ -54,30 +54,57 @@ class Bench:
 
     def estimate_s(self, rows: Sequence[Row], commands: Sequence[Command]) -> float:
         """Return about how long the missing samples take."""
-        missing = {self._key(row): row for row in rows}
         total = 0.0
         rates = set()
-        for key, row in missing.items():
-            count = max(0, self._pairs - len(self._state.samples(key)))
-            sides = (row.ours, row.other)
-            total += count * sum(_cost_s(side, self._seconds_of(row)) for side in sides)
-            rates |= {side.key for side in sides if isinstance(side, Ours) and count}
+        for group in self.groups(rows):
+            for number in range(self._pairs):
+                missing = self._missing(group, number)
+                sides = {side.key: side for row in missing for side in (row.ours, row.other)}
+                seconds = self._seconds_of(group[0])
+                total += sum(_cost_s(side, seconds) for side in sides.values())
+                rates |= {key for key, side in sides.items() if isinstance(side, Ours)}
         total += sum(not self._state.samples(_rate_key(key)) for key in rates) * _UNCOUNTED_S
         for key, verb in {command.key: command.arguments[0] for command in commands}.items():
             count = max(0, self._pairs - len(self._state.samples(key)))
             total += count * _COMMAND_S.get(verb, 1.0)
         return total
 
+    def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Return the rows in groups that share our side or the other one, in their order."""
+        groups: list[list[Row]] = []
+        for row in rows:
+            for group in groups:
+                first = group[0]
+                shares = row.ours.key == first.ours.key or row.other.key == first.other.key
+                if shares and self._seconds_of(row) == self._seconds_of(first):
+                    group.append(row)
+                    break
+            else:
+                groups.append([row])
+        return groups
+
+    def measure(self, group: Sequence[Row]) -> None:
+        """Make the missing samples of rows that share a side: rounds in which each side runs once.
+
+        The sides of a row alternate, with those of other rows between them.
+        """
+        seconds = self._seconds_of(group[0])
+        for number in range(self._pairs):
+            taken: dict[str, Sample] = {}
+            for row in self._missing(group, number):
+                for side in (row.ours, row.other):
+                    if side.key not in taken:
+                        taken[side.key] = self._sample(side, seconds)
+                if self._state.samples(self._key(row))[number:]:
+                    continue  # another row has the same pair
+                ours, other = taken[row.ours.key], taken[row.other.key]
+                self._state.add(self._key(row), [*astuple(ours), *astuple(other)])
+                told = f"pair {number + 1} of {self._pairs}: {ours}, {other}"
+                print(f"{row.name}: {told}", flush=True)
+
     def pairs(self, row: Row) -> tuple[list[Sample], list[Sample]]:
         """Return the samples of our side and of the other one, in the order they were made."""
-        key = self._key(row)
-        seconds = self._seconds_of(row)
-        while len(self._state.samples(key)) < self._pairs:
-            ours, other = self._sample(row.ours, seconds), self._sample(row.other, seconds)
-            self._state.add(key, [*astuple(ours), *astuple(other)])
-            count = len(self._state.samples(key))
-            print(f"{row.name}: pair {count} of {self._pairs}: {ours}, {other}", flush=True)
-        kept = self._state.samples(key)[: self._pairs]
+        kept = self._state.samples(self._key(row))[: self._pairs]
         half = len(kept[0]) // 2
         return [Sample(*both[:half]) for both in kept], [Sample(*both[half:]) for both in kept]
 
@@ -94,6 +121,10 @@ class Bench:
             print(f"{command.name}: {count} of {self._pairs}", flush=True)
         kept = self._state.samples(key)[: self._pairs]
         return [ending if command.ending else wall for wall, ending in kept]
+
+    def _missing(self, group: Sequence[Row], number: int) -> list[Row]:
+        """Return the rows of a group that have no pair of this number, counted from 0."""
+        return [row for row in group if len(self._state.samples(self._key(row))) <= number]
 
     def _seconds_of(self, row: Row) -> float:
         return row.seconds if self._seconds is None else max(self._seconds, row.least_seconds)

@@ -5,8 +5,9 @@ python -m benchmarks.comparators MODE SPEC
 * graph: the best loop with the same graph: one call trains a block of steps over data that lies
   on the device; xla: the same, compiled by XLA.
 * tutorial: NumPy slices and one `tf.function` call a step, as in TensorFlow's guides.
-* fit: `keras.Model.fit`; fit-100: with steps_per_execution=100; fit-graph and fit-graph-100: the
-  same with jit_compile=False, because Keras decides by itself whether it compiles with XLA.
+* fit: `keras.Model.fit`; fit-10 and fit-100: with steps_per_execution=10 and 100; fit-graph and
+  fit-graph-100: the same with jit_compile=False, because Keras decides by itself whether it
+  compiles with XLA.
 * save: the steps wait while `tf.train.Checkpoint.save` writes all state.
 """
 
@@ -169,6 +170,7 @@ MODES: dict[str, Callable[[Subject, Stopwatch], None]] = {
     "xla": partial(same_graph, jit=True),
     "tutorial": tutorial,
     "fit": partial(fit, steps_per_execution=1, jit="auto"),
+    "fit-10": partial(fit, steps_per_execution=10, jit="auto"),
     "fit-100": partial(fit, steps_per_execution=100, jit="auto"),
     "fit-graph": partial(fit, steps_per_execution=1, jit=False),
     "fit-graph-100": partial(fit, steps_per_execution=100, jit=False),

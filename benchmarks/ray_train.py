@@ -57,7 +57,7 @@ def train(config: dict[str, str]) -> None:
     run(1)
     watch.goes_on(1)
     # All must run equally many steps, or the rest waits for ever: look at rank 0's clock together.
-    num_steps = 50
+    num_steps = spec.block_steps
     go_on = True
     while go_on:
         run(num_steps)

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.__main__ import Options, chosen, parse
 from benchmarks.bench import Bench
+from benchmarks.growth import Watch
 from benchmarks.measure import fastest_rate, sample_of
 from benchmarks.report import (
     kept_lines,
@@ -23,6 +24,7 @@ from benchmarks.report import (
 from benchmarks.rows import COMMANDS, SUBJECTS, Subject, rows
 from benchmarks.spec import Spec, make_spec
 from benchmarks.state import State
+from orchestrator.spec.memory import Memory
 
 
 def block(first_step: int, num_steps: int, time: float, worker: int = 0) -> dict[str, object]:
@@ -171,6 +173,36 @@ def test_pairs_that_two_rows_share_are_estimated_once(tmp_path: Path) -> None:
 def test_all_rows_with_five_pairs_are_estimated_below_an_hour_and_a_half(tmp_path: Path) -> None:
     bench = Bench(5, None, State(tmp_path / "state.json", "one"), tmp_path)
     assert 0 < bench.estimate_s(rows(), COMMANDS) <= 90 * 60
+
+
+def test_rows_that_share_a_side_are_measured_in_rounds(tmp_path: Path) -> None:
+    bench = Bench(5, None, State(tmp_path / "state.json", "one"), tmp_path)
+    groups = bench.groups(rows())
+    assert sorted(row.name for group in groups for row in group) == sorted(r.name for r in rows())
+    [fits] = [group for group in groups if group[0].name == "code_lm-graph"]
+    assert {row.name for row in fits} >= {"code_lm-tutorial", "code_lm-fit", "code_lm-fit-10"}
+    # Our side is run once a round for all of them.
+    alone = sum(bench.estimate_s([row], []) for row in fits)
+    assert bench.estimate_s(fits, []) < 0.8 * alone
+
+
+def test_every_comparator_is_set_against_the_three_jobs() -> None:
+    names = {row.name for row in rows()}
+    for job in ("mnist", "mnist_cnn", "code_lm"):
+        assert {f"{job}-{mode}" for mode in ("graph", "tutorial", "fit", "train")} <= names
+        assert any(name.startswith(f"{job}-fit") and name.endswith("0") for name in names)
+
+
+def test_the_growth_of_memory_is_that_between_two_looks_at_each_process() -> None:
+    held = {11: iter([500_000_000, 512_000_000]), 12: iter([400_000_000, 400_000_000])}
+    watch = Watch([20, 120], lambda pid: Memory(next(held[pid]), 0))
+    ready = [{"kind": "Ready", "worker": w, "pid": 11 + w} for w in (0, 1)]
+    blocks = [block(first, 20, 0.0, worker=w) for first in range(0, 160, 20) for w in (0, 1)]
+    watch.follow([*ready, *blocks[:5]])
+    watch.follow(blocks[5:])
+    # 12 MB in 100 steps.
+    assert "worker 0: 500 MB at step 20, 512 MB at 120: +12000.0 MB in 100,000" in watch.lines()[0]
+    assert "+0.0 MB" in watch.lines()[1]
 
 
 def test_what_is_there_already_is_not_estimated(tmp_path: Path) -> None:

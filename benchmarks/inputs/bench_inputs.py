@@ -1,7 +1,9 @@
 """mnist without its input: what a run could reach if examples cost nothing."""
 
+import time
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from jobs.mnist import Mnist
@@ -34,18 +36,38 @@ class Constant(Mnist):
         return super().prepare(batch, training=training, seeds=seeds)
 
 
+_SLOW_S = 0.2e-3 / 32  # an example
+
+
+class _SlowSource(ArraySource):
+    """Waits for each example, as one does for a disk or a network."""
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the examples at some indices, late."""
+        time.sleep(len(indices) * _SLOW_S)
+        return super().fetch(indices)
+
+
 class Fetched(Mnist):
     """The images stay on the host and are fetched row by row, as data too large for a device is."""
+
+    kind = ArraySource
 
     def source(self, split: Split) -> Source:
         """Return the images as a source that is never resident."""
         source = super().source(split)
         arrays = source.resident()
         assert arrays is not None
-        return ArraySource(
+        return self.kind(
             arrays,
             name=source.name,
             origin=source.origin,
             digest=source.digest,
             resident_limit_bytes=0,
         )
+
+
+class Slow(Fetched):
+    """The images come slowly: 0.2 ms for the 32 of a step."""
+
+    kind = _SlowSource
