@@ -20,6 +20,7 @@ from orchestrator.train.checkpoint import named_variables, restore
 from orchestrator.train.job import Batch
 from orchestrator.train.saver import Saver
 from tests.train.rig import Rig, make_rig
+from tests.train.test_ragged import Ragged
 from tests.train.tiny import Tiny
 
 STEPS = 20
@@ -126,3 +127,22 @@ def test_neither_blocks_nor_stops_change_a_bit(
         rig.done = restore(checkpoint, named_variables(rig.model, rig.optimizers))
     rig.run(STEPS - rig.done)
     assert digest(rig) == digest(whole)
+
+
+def test_a_stop_changes_no_bit_where_rows_differ_in_length(tmp_path: Path) -> None:
+    def fresh() -> Rig:
+        return make_rig(tmp_path, Ragged(), replicas=2, **CHANGES)
+
+    whole = fresh().run(STEPS)
+    rig = fresh()
+    rig.feeder.prefetch(0, 4)
+    rig.run(4)
+    rig.feeder.prefetch(4, 5)  # more than is used before the stop
+    checkpoint = saved(rig.run(3))
+    resumed = fresh()
+    resumed.done = restore(checkpoint, named_variables(resumed.model, resumed.optimizers))
+    resumed.feeder.prefetch(7, 2)
+    resumed.run(6, STEPS - 13)
+    assert resumed.done == STEPS and whole.results[0].finite.any()
+    assert digest(resumed) == digest(whole)
+    assert (rig.ledger + resumed.ledger) % 2**64 == whole.ledger
