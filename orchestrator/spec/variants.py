@@ -187,9 +187,10 @@ def make_variants(config: RunConfig, *, num_gpus: int, has_batch_norm: bool) -> 
         ),
         VariantName.multi_worker: Variant(
             name="multi_worker",
-            reference="one_device",
+            reference="one_device_clipped",
             strategy=StrategyName.multi_worker,
             num_workers=2,
+            clipped=True,
         ),
         VariantName.micro_batches: Variant(
             name="micro_batches", reference="one_device", micro_batches=_MICRO_BATCHES

@@ -163,6 +163,8 @@ def test_the_command_tells_by_its_exit_code(fault: str, code: int, tmp_path: Pat
     assert done.returncode == code, done.stdout + done.stderr
     if fault:
         assert done.stderr.splitlines()[-1] == "exit code 1: a difference was found"
-        assert "exact, 2 workers: 8+8: first at step 1: the variables differ" in done.stdout
+        assert (
+            "exact, 2 workers, clipped: 8+8: first at step 1: the variables differ" in done.stdout
+        )
     else:
         assert len(Said(ExitCode.DONE, done.stdout).rows) == 8
