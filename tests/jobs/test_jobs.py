@@ -16,6 +16,7 @@ from jobs.gan import Gan
 from jobs.mnist import Mnist
 from jobs.mnist_cnn import MnistCnn
 from jobs.synthetic import Synthetic
+from orchestrator.spec.schema import Precision
 from orchestrator.train.job import Batch, Job
 from orchestrator.train.sources import Split
 from tests.train.rig import make_rig
@@ -238,6 +239,25 @@ def test_bits_per_byte_of_an_untrained_language_model_are_about_eight() -> None:
     bits = outcome.metrics["bits_per_byte"].numpy()
     assert 7.5 < bits.mean() < 9
     np.testing.assert_allclose(bits * np.log(2), outcome.loss, rtol=1e-6)
+
+
+def test_the_language_model_in_bfloat16_predicts_in_full_precision(tmp_path: Path) -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        rig = make_rig(
+            tmp_path,
+            make_job(small_lm),
+            precision__policy=Precision.mixed_bfloat16,
+            data__num_examples=500,
+            train__steps=None,
+            train__epochs=1,
+        )
+        losses = rig.run(4).losses
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert rig.model.outputs[0].dtype == "float32"
+    assert rig.model.layers[2].compute_dtype == "bfloat16"
+    assert losses[-1] < losses[0] < 6  # of 256 bytes: log 256 = 5.5
 
 
 def test_a_sample_has_the_length_asked_for_and_depends_on_the_seed_alone() -> None:
