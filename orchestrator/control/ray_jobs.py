@@ -85,6 +85,10 @@ def connect(address: str) -> Any:
         ClusterError: no job server answers.
     """
     refuse_open_token(os.environ)
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        # The client (ray 2.60, dashboard/utils.py) would go there instead.
+        if os.environ.pop(name, None) not in (None, "", address):
+            print(f"{name} is set and not honoured: {address} is asked", file=sys.stderr)
     logging.disable(logging.INFO)  # what the client of the job API tells about itself
     try:
         return JobSubmissionClient(address)

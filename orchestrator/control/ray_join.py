@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import tempfile
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,10 @@ def join(
         ClusterError: nothing answers at the address, the token is missing or wrong, or the cluster
             runs another version of Ray or Python.
     """
+    address = _meant(config.address, os.environ)
     if not ray.is_initialized():
-        address = config.address or "auto"
-        _dial(address)
+        is_ours = address == (config.address or "auto")
+        _dial(address, "cluster.address" if is_ours else "RAY_ADDRESS")
         _join(address)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     others = [node for node in nodes if node["NodeManagerAddress"] not in _own_addresses()]
@@ -63,7 +65,7 @@ def join(
         ray.shutdown()
         with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
             tell(f"upload {stage(Path(folder), users_dir(code_dirs))}")
-            _join(config.address or "auto", upload=folder)
+            _join(address, upload=folder)
     return common_size([node for node in nodes if may_hold_workers(node, config)] or nodes)
 
 
@@ -77,6 +79,11 @@ def common_size(nodes: Sequence[Mapping[str, Any]]) -> Host:
     """
     cpus, gpus = ([int(n["Resources"].get(kind, 0)) for n in nodes] for kind in ("CPU", "GPU"))
     return Host(num_cpus=max(cpus, default=1) or 1, num_gpus=min(filter(None, gpus), default=0))
+
+
+def _meant(address: str | None, environment: Mapping[str, str]) -> str:
+    """Return the address that Ray itself takes: `auto` is what RAY_ADDRESS says, if it is set."""
+    return environment.get("RAY_ADDRESS") or "auto" if address in (None, "auto") else address
 
 
 def leave() -> None:
@@ -138,21 +145,29 @@ def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterErro
     )
 
 
-def _dial(address: str) -> None:
-    """Find out within seconds whether anything listens; Ray itself tries for much longer."""
+def _dial(address: str, name: str = "cluster.address") -> None:
+    """Find out within seconds whether anything listens; Ray itself tries for much longer.
+
+    Args:
+        address: of the head.
+        name: what has named it.
+    """
     host, colon, port = address.rpartition(":")
-    if address == "auto" or not colon:
+    if address == "auto" or not (colon or name == "RAY_ADDRESS"):
         return
     if "://" in address or not port.isdigit():
+        url = urllib.parse.urlsplit(address)
+        head = url.hostname if "://" in address and url.hostname else "HEAD"
         raise ClusterError(
-            f"cluster.address={address} is not auto or host:port; name the port of the head's GCS, "
-            "6379 unless it was started otherwise"
+            f"{name}={address} is not auto or host:port: `submit` and `runs` ask the head's job "
+            "server, here the port of its GCS is meant, 6379 unless it was started otherwise; "
+            f"give cluster.address={head}:6379"
         )
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(
-            f"nothing answers at cluster.address={address}: {error}; start Ray there with "
+            f"nothing answers at {name}={address}: {error}; start Ray there with "
             f"`ray start --head --port={port}`, or use cluster=local"
         ) from error
 

@@ -33,7 +33,16 @@ def inspect_environment(
     Returns:
         What to tell the user, and the changes to the environment; None unsets a variable.
     """
-    return inspect_for(environ, config.cluster.name)
+    notices, changes = inspect_for(environ, config.cluster.name)
+    is_own = "RAY_JOB_ID" in environ  # Ray tells its jobs which cluster they are on
+    if environ.get("RAY_ADDRESS") and config.cluster.name is ClusterName.existing and not is_own:
+        said = f"RAY_ADDRESS={mask_text(environ['RAY_ADDRESS'])} is set and"
+        if config.cluster.address in (None, "auto"):
+            notices.append(f"{said} honoured: cluster.address=auto is the cluster there")
+        elif config.cluster.address != environ["RAY_ADDRESS"]:
+            notices.append(f"{said} not honoured: cluster.address={config.cluster.address} is")
+            changes["RAY_ADDRESS"] = None
+    return notices, changes
 
 
 def inspect_for(

@@ -84,6 +84,27 @@ def test_an_address_where_nothing_listens_is_told_at_once(tmp_path: Path) -> Non
     assert "nothing answers at cluster.address=127.0.0.1:1" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("127.0.0.1:1", "nothing answers at RAY_ADDRESS=127.0.0.1:1"),
+        ("local", "RAY_ADDRESS=local is not auto or host:port"),
+    ],
+)
+def test_a_variable_that_names_another_cluster_is_named(
+    named: str, said: str, tmp_path: Path
+) -> None:
+    ended = train("cluster=existing", cwd=tmp_path, env={"RAY_ADDRESS": named})
+    assert ended.code == 6, ended.out
+    assert said in " ".join(ended.out.split())
+
+
+def test_the_address_of_the_job_server_is_told_from_the_heads_own(tmp_path: Path) -> None:
+    ended = train("cluster=existing", "cluster.address=http://127.0.0.1:8265", cwd=tmp_path)
+    assert ended.code == 6, ended.out
+    assert "give cluster.address=127.0.0.1:6379" in " ".join(ended.out.split())
+
+
 def test_a_wrong_token_is_called_that(ray_cluster: Cluster, tmp_path: Path) -> None:
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     address = f"cluster.address={ray_cluster.address}"

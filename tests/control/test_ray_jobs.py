@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from orchestrator.control.ray_jobs import JOB, RUN, RUNS_DIR, being_trained, exit_code
+from orchestrator.control.ray_jobs import JOB, RUN, RUNS_DIR, being_trained, connect, exit_code
 from orchestrator.errors import ClusterError
 
 
@@ -99,3 +99,16 @@ def test_the_newest_training_of_a_job_below_a_folder_is_found_while_it_runs(
     client: Any = Server(*jobs)
     one = being_trained(client, "mnist", "/runs")
     assert (one and one.name) == found
+
+
+def test_no_variable_sends_a_job_to_another_cluster(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    for number, name in enumerate(("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"), 2):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{number}")
+    with pytest.raises(ClusterError) as refusal:
+        connect("http://127.0.0.1:1")
+    assert "127.0.0.1:1" in str(refusal.value.__cause__)
+    said = capsys.readouterr().err
+    assert "RAY_ADDRESS is set and not honoured: http://127.0.0.1:1 is asked" in said

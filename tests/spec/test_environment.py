@@ -49,10 +49,35 @@ def test_what_a_nodes_workers_inherit_is_told_without_its_secrets() -> None:
     assert inspect_node(environ) == ["NCCL_DEBUG=INFO", "https_proxy=http://***@proxy:1"]
 
 
-@pytest.mark.parametrize("cluster", [ClusterName.existing, ClusterName.inline])
-def test_the_address_of_ray_is_left_alone_unless_a_ray_is_started(cluster: ClusterName) -> None:
+def test_the_address_of_ray_is_left_alone_where_there_is_no_ray() -> None:
     environ = {"RAY_ADDRESS": "10.0.0.1:6379"}
-    assert inspect_environment(environ, tiny_config(cluster__name=cluster)) == ([], {})
+    assert inspect_environment(environ, tiny_config(cluster__name=ClusterName.inline)) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("address", "more", "said", "changes"),
+    [
+        ("auto", {}, "is set and honoured: cluster.address=auto is", {}),
+        (
+            "10.0.0.2:6379",
+            {},
+            "is set and not honoured: cluster.address=10.0.0.2:6379 is",
+            {"RAY_ADDRESS": None},
+        ),
+        ("10.0.0.1:6379", {}, None, {}),
+        ("auto", {"RAY_JOB_ID": "01000000"}, None, {}),
+    ],
+    ids=["auto", "another", "the same", "in a job of the cluster"],
+)
+def test_which_cluster_is_joined_is_said_where_a_variable_names_one(
+    address: str, more: dict[str, str], said: str | None, changes: dict[str, None]
+) -> None:
+    environ = {"RAY_ADDRESS": "10.0.0.1:6379", **more}
+    config = tiny_config(cluster__name=ClusterName.existing, cluster__address=address)
+    notices, changed = inspect_environment(environ, config)
+    assert changed == changes
+    assert len(notices) == (said is not None)
+    assert said is None or f"RAY_ADDRESS=10.0.0.1:6379 {said}" in notices[0]
 
 
 @pytest.mark.parametrize(
