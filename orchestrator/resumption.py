@@ -14,14 +14,21 @@ from orchestrator.train import store
 class Ancestry:
     """Which steps led to where a run is: what was passed over once is not gone on from later."""
 
-    def __init__(self, last_step: int = 0, starts: Mapping[int, int] | None = None):
+    def __init__(
+        self,
+        last_step: int = 0,
+        starts: Mapping[int, int] | None = None,
+        last_evaluation: int = 0,
+    ):
         """Begin with what is on record.
 
         Args:
             last_step: the last step on record.
             starts: the step that each attempt went on from.
+            last_evaluation: the step of the last evaluation on record.
         """
         self.last_step = last_step
+        self.last_evaluation = last_evaluation
         self._starts = dict(starts or {})
 
     def began(self, attempt: int, step: int) -> None:
@@ -31,6 +38,10 @@ class Ancestry:
     def reached(self, step: int) -> None:
         """Learn that a step is on record."""
         self.last_step = max(self.last_step, step)
+
+    def evaluated(self, step: int) -> None:
+        """Learn that an evaluation is on record."""
+        self.last_evaluation = max(self.last_evaluation, step)
 
     def left_at(self, path: Path) -> int | None:
         """Return where a later attempt went on from, if that was before a checkpoint's step.
@@ -47,7 +58,18 @@ class Ancestry:
 
     def holds(self, path: Path) -> bool:
         """Tell whether going on from a checkpoint leaves no hole and takes back no change."""
-        return store.step_of(path) <= self.last_step and self.left_at(path) is None
+        return (
+            store.step_of(path) <= self.last_step
+            and not self.lacks_evaluation(path)
+            and self.left_at(path) is None
+        )
+
+    def lacks_evaluation(self, path: Path) -> bool:
+        """Tell whether the evaluation after a checkpoint's step was made and is on no record."""
+        return (
+            store.evaluation_of(path) is store.EvaluationState.told
+            and store.step_of(path) > self.last_evaluation
+        )
 
 
 class Checkpoints:
@@ -131,6 +153,8 @@ class Checkpoints:
         assert self._ancestry is not None
         if (start := self._ancestry.left_at(path)) is not None:
             return f"was saved before the run went back to step {start:,}"
+        if store.step_of(path) <= self._ancestry.last_step:
+            return "is later than the record, which lacks the evaluation after its step"
         return f"is later than the record, which ends at step {self._ancestry.last_step:,}"
 
     def _refuse_step_0(self, damaged: tuple[store.Damage, ...]) -> None:

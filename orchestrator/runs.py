@@ -33,6 +33,7 @@ class Past:
         mlflow_run: MLflow's id, if it was ever known.
         facts: the record the run was started with.
         last_step: the last step that the chief of any attempt reported.
+        last_evaluation: the step of the last evaluation that was reported; 0 if none was.
         starts: the step that each attempt went on from.
         digests: of the data of each split, as it was trained on last.
         start_time: Unix seconds at which it was first started; 0 if nothing is known.
@@ -46,6 +47,7 @@ class Past:
     mlflow_run: str | None
     facts: dict[str, Any]
     last_step: int
+    last_evaluation: int
     starts: Mapping[int, int]
     digests: Mapping[str, str]
     start_time: float
@@ -63,7 +65,7 @@ ReadJournal = Callable[[Path], Iterator[dict[str, Any]]]
 
 def look_back(paths: RunPaths, read: ReadJournal) -> Past:
     """Read what a run folder's journal tells."""
-    status, attempts, mlflow_run, last_step, format_ = None, 0, None, 0, 0
+    status, attempts, mlflow_run, last_step, last_evaluation, format_ = None, 0, None, 0, 0, 0
     facts: dict[str, Any] = {}
     starts: dict[int, int] = {}
     digests: dict[str, str] = {}
@@ -78,6 +80,8 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
             starts[int(record["attempt"])] = start_of(record.get("restore_from"))
         elif kind == "DataUsed":
             digests[record["split"]] = record["digest"]
+        elif kind == "Evaluated":
+            last_evaluation = max(last_evaluation, int(record["step"]))
         elif kind == "RunEnded":
             status = record["status"]
         elif kind == "MlflowRun":
@@ -92,6 +96,7 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
         mlflow_run=mlflow_run,
         facts=facts,
         last_step=last_step,
+        last_evaluation=last_evaluation,
         starts=starts,
         digests=digests,
         start_time=start_time,

@@ -32,6 +32,7 @@ from orchestrator.spec.describe import experiment_name
 from orchestrator.spec.messages import (
     BlockDone,
     DataUsed,
+    Evaluated,
     Message,
     Outcome,
     is_kept,
@@ -84,7 +85,9 @@ class Training:
         self._record = Record(plan.paths.journal, facts, notice=screen.notice)
         self._tracking = False
         self._is_stopping = False
-        self._ancestry = Ancestry(past.last_step, past.starts) if past is not None else Ancestry()
+        self._ancestry = Ancestry()
+        if past is not None:
+            self._ancestry = Ancestry(past.last_step, past.starts, past.last_evaluation)
         self._supervisor = Supervisor(
             group,
             plan,
@@ -148,6 +151,8 @@ class Training:
             self._record.add(to_record(message))
         if isinstance(message, BlockDone) and message.worker == 0:
             self._ancestry.reached(message.last_step)
+        if isinstance(message, Evaluated):
+            self._ancestry.evaluated(message.step)
         self._patience.watch()
         self._tally.observe(message)
         self._screen.observe(message)

@@ -126,3 +126,24 @@ def test_an_attempt_that_goes_on_from_the_newest_leaves_none_behind(tmp_path: Pa
     save(paths, 2, 20, keep=9)  # saved by the attempt before the one that began there
     found = Checkpoints(paths, read, print, Ancestry(25, {1: 0, 2: 10, 3: 20})).newest()
     assert found is not None and found[0] == 20
+
+
+@pytest.mark.parametrize(("last_evaluation", "taken"), [(0, 10), (20, 20)])
+def test_one_whose_evaluation_is_on_no_record_is_left(
+    last_evaluation: int, taken: int, tmp_path: Path
+) -> None:
+    # The driver was killed while the workers evaluated; they ended well after their checkpoint.
+    paths = saved(tmp_path, 10)
+    save(paths, 1, 20, keep=9, **store.EvaluationState.told.facts())
+    said: list[str] = []
+    ancestry = Ancestry(20, last_evaluation=last_evaluation)
+    found = Checkpoints(paths, read, said.append, ancestry).newest()
+    assert found is not None and found[0] == taken
+    assert ["lacks the evaluation after its step" in line for line in said] == [True][taken // 20 :]
+
+
+def test_one_whose_evaluation_is_still_to_be_made_is_taken(tmp_path: Path) -> None:
+    paths = saved(tmp_path, 10)
+    save(paths, 1, 20, keep=9, **store.EvaluationState.owed.facts())
+    found = Checkpoints(paths, read, print, Ancestry(20)).newest()
+    assert found is not None and found[0] == 20

@@ -12,10 +12,14 @@ import sys
 import tempfile
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from orchestrator.control.kept import Kept
 from orchestrator.control.launcher import standard_error_in
@@ -135,10 +139,7 @@ def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterErro
             f"{ray.__version__} on Python {sys.version.split()[0]}"
         )
     if re.search("token|unauthenticated", text, re.IGNORECASE):
-        return ClusterError(
-            f"the Ray cluster at {address} does not take the token, or there is none; set "
-            "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
-        )
+        return _wrong_token(address)
     return ClusterError(
         f"no Ray cluster at cluster.address={address}: {first_line(error)}; start one with "
         "`ray start --head`, name another address, or use cluster=local"
@@ -146,14 +147,18 @@ def _why_not_joined(address: str, error: Exception, chatter: str) -> ClusterErro
 
 
 def _dial(address: str, name: str = "cluster.address") -> None:
-    """Find out within seconds whether anything listens; Ray itself tries for much longer.
+    """Find out within seconds whether anything listens and takes us; Ray itself tries for longer.
 
     Args:
         address: of the head.
         name: what has named it.
     """
+    if address == "auto":
+        if here := _head_here():
+            _refuse_wrong_token(here)
+        return
     host, colon, port = address.rpartition(":")
-    if address == "auto" or not (colon or name == "RAY_ADDRESS"):
+    if not (colon or name == "RAY_ADDRESS"):
         return
     if "://" in address or not port.isdigit():
         url = urllib.parse.urlsplit(address)
@@ -170,6 +175,45 @@ def _dial(address: str, name: str = "cluster.address") -> None:
             f"nothing answers at {name}={address}: {error}; start Ray there with "
             f"`ray start --head --port={port}`, or use cluster=local"
         ) from error
+    _refuse_wrong_token(address)
+
+
+def _head_here() -> str | None:
+    """Return what Ray means by `auto`, or None if it finds nothing, which it tells itself."""
+    with suppress(Exception):  # Ray 2.60's own way; another Ray may have another
+        found: str | None = services.canonicalize_bootstrap_address("auto")
+        return found
+    return None
+
+
+def _refuse_wrong_token(address: str) -> None:
+    """Ask a head whether it takes our token, or none; to learn that from `ray.init` takes 20 s.
+
+    Whatever else is the matter with it, Ray tells better.
+
+    Args:
+        address: host:port of its GCS.
+
+    Raises:
+        ClusterError: it wants a token, and there is none or another.
+    """
+    channel = init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])
+    try:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_CONNECT_TIMEOUT_S)
+    except Exception as error:
+        code = getattr(error, "code", lambda: None)()
+        if getattr(code, "name", "") == "UNAUTHENTICATED":
+            raise _wrong_token(address) from error
+    finally:
+        channel.close()
+
+
+def _wrong_token(address: str) -> ClusterError:
+    return ClusterError(
+        f"the Ray cluster at {address} does not take the token, or there is none; set "
+        "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+    )
 
 
 def _own_addresses() -> set[str]:

@@ -49,7 +49,7 @@ class RunPlan:
         profile_steps: the first and the last step to profile, counted from 1, or None.
         artifact_root: where a local SQLite store keeps artifacts; None for a server, which decides.
         verifying: the run is compared with others: what draws other numbers on each replica is
-            switched off in the model. Only `verify` sets it.
+            switched off in the model, and no checkpoint is put off. Only `verify` sets it.
         loss_scale: what the loss is multiplied by at first, with float16; None without.
         overflow_step: the step, counted from 1, in which the last replica's gradient is made
             infinite; None for none. Only `verify` sets it.

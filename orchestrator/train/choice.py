@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ _WORTH_TRYING_S = 5.0
 _LEFT_PER_COMPILE = 8.0
 _COMPILE_S_PER_NODE = 0.004
 _TRIAL_S = 0.1
+# `RandomIndexShuffle` is the exception: it is computed, the same everywhere.
+_DRAWS = re.compile("Random(?!IndexShuffle)|Multinomial|TruncatedNormal|CandidateSampler|Dropout")
 
 
 class Choice:
@@ -138,6 +141,10 @@ class Choice:
             left_s: of the run, as a graph.
         """
         nodes = [n.op for f in graph.library.function for n in f.node_def]
+        if any(_DRAWS.search(op) for op in nodes):
+            # XLA's generators give other numbers for the same seed. What a run computes may not
+            # depend on how long a block took.
+            return "dropout and other random operations draw other numbers under XLA"
         if self._plan.device_kind == "CPU" and any("Conv" in op for op in nodes):
             return "convolutions on CPUs are slower under XLA"
         compile_s = _COMPILE_S_PER_NODE * len(nodes)

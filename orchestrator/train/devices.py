@@ -184,5 +184,5 @@ def _shorten_heartbeat(num_workers: int) -> None:
             heartbeat_timeout_in_ms=_HEARTBEAT_TIMEOUT_MS,
             coordinated_jobs=jobs,
         )
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         print(f"the heartbeat of TensorFlow keeps its default: {error}", flush=True)

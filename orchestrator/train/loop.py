@@ -28,6 +28,7 @@ from orchestrator.train.saver import Saver
 from orchestrator.train.saving import Saving
 from orchestrator.train.schedule import BlockLength, Schedule
 from orchestrator.train.step import TrainStep
+from orchestrator.train.store import EvaluationState
 from orchestrator.train.stream_feeder import StreamFeeder
 
 
@@ -74,7 +75,7 @@ class Loop:
         self._is_chief = parts.worker == 0
         self._is_best = False
         self._asked: set[Request] = set()
-        self._owes_evaluation = False
+        self._evaluation: EvaluationState | None = None  # after the present step
 
     def run(self, step: int, *, owes_evaluation: bool = False) -> tuple[Outcome, int]:
         """Train from after `step`.
@@ -97,7 +98,7 @@ class Loop:
         num_steps = self._schedule.clip(step, self._length.steps)
         self._parts.reporter.enter(Phase.tracing)
         while step < self._plan.total_steps:
-            first = step
+            first, self._evaluation = step, None
             result, wall_s = self._block(step, num_steps)
             step += len(result.finite)
             self._parts.reporter.step = step
@@ -114,7 +115,8 @@ class Loop:
             self._save(step, decision)
             if decision.finish:
                 return Outcome.completed, step
-            if decision.stop and (step < self._plan.total_steps or self._owes_evaluation):
+            is_last = step == self._plan.total_steps
+            if decision.stop and (not is_last or self._evaluation is EvaluationState.owed):
                 return Outcome.stopped, step
             num_steps = self._schedule.clip(step, decision.number)
         return Outcome.completed, step
@@ -230,7 +232,7 @@ class Loop:
             if averages is not None and self._plan.config.train.evaluate_ema:
                 stack.enter_context(averages.in_place())
             metrics = parts.evaluation.run(self._all_stop)
-        self._owes_evaluation = metrics is None
+        self._evaluation = EvaluationState.owed if metrics is None else EvaluationState.told
         if self._is_chief and metrics is not None:
             parts.reporter.tell(
                 Evaluated,
@@ -247,12 +249,12 @@ class Loop:
     def _save(self, step: int, decision: Wish) -> None:
         best = self._parts.best.state if self._parts.best is not None else None
         if decision.stop or decision.finish or step == self._plan.total_steps:
-            self._saving.save_last(step, best, owes_evaluation=self._owes_evaluation)
+            self._saving.save_last(step, best, evaluation=self._evaluation)
         elif decision.save:
             # A save may wait for the one before, and that for the disk.
             written = folder_gauge(self._plan.paths.checkpoints_dir)
             with self._parts.reporter.within(Phase.saving, written):
-                self._saving.save(step, best)
+                self._saving.save(step, best, evaluation=self._evaluation)
             self._is_best = False
 
 

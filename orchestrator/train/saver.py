@@ -25,9 +25,6 @@ from orchestrator.train.pace import make_pace
 from orchestrator.train.rename import remove
 from orchestrator.train.report import Reporter
 
-# In the manifest: a stop has cut short the evaluation after this step.
-_OWES_EVALUATION = "owes_evaluation"
-
 
 class Saver:
     """Writes checkpoints in the background, one at a time, in the order they were due.
@@ -98,7 +95,13 @@ class Saver:
         """
         require_staging(self._staging_dir)
 
-    def save(self, step: int, best: Best | None = None, *, owes_evaluation: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        best: Best | None = None,
+        *,
+        evaluation: store.EvaluationState | None = None,
+    ) -> None:
         """Take a snapshot of all variables and write it in the background.
 
         A save that is still under way is waited for: checkpoints never overtake each other.
@@ -106,7 +109,7 @@ class Saver:
         Args:
             step: of the variables.
             best: the best evaluation so far, whose checkpoint stays however old it is.
-            owes_evaluation: whether whoever restores it has an evaluation to make first.
+            evaluation: what became of the one after this step, if it was due.
 
         Raises:
             StorageError: this attempt is over.
@@ -116,8 +119,8 @@ class Saver:
         snapshot = self._snapshot()
         stall_s = time.monotonic() - start
         facts = best.facts() if best is not None else {}
-        if owes_evaluation:
-            facts = {**facts, _OWES_EVALUATION: True}
+        if evaluation is not None:
+            facts = {**facts, **evaluation.facts()}
         best_step = best.step if best is not None else None
         self._pending = self._thread.submit(self._write, step, snapshot, stall_s, facts, best_step)
 
@@ -231,7 +234,7 @@ def owes_evaluation(order: WorkerOrder) -> bool:
     """Tell whether a worker begins where the evaluation of that step is still to be made."""
     if order.restore_from is None:
         return False
-    return _OWES_EVALUATION in store.read_manifest(Path(order.restore_from))
+    return store.evaluation_of(Path(order.restore_from)) is store.EvaluationState.owed
 
 
 def make_saver(

@@ -13,6 +13,7 @@ from orchestrator.train.best import Best
 from orchestrator.train.data import Feeder
 from orchestrator.train.report import Reporter, Stopped, folder_gauge
 from orchestrator.train.saver import Saver, require_staging
+from orchestrator.train.store import EvaluationState
 from orchestrator.train.stream_feeder import StreamFeeder
 
 # How long a save that is due by its step waits for the one before, once each: most are over by
@@ -30,7 +31,8 @@ class Saving:
 
     A save that is due while the one before is under way is put off to the end of a later block, so
     that a slow disk delays checkpoints and not steps. One that fails is tried again at the end of
-    the first block after a back-off. The best evaluation and a stop save at their very step.
+    the first block after a back-off. The best evaluation and a stop save at their very step, and
+    so does all that is due where runs are verified: their checkpoints are compared step by step.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Saving:
         every_s = self._plan.config.checkpoint.every_s
         by_time = every_s is not None and self._clock() - self._last_save >= every_s
         self._is_owed = self._is_owed or by_step or by_time or saver.num_failed > 0
-        if at_once:
+        if at_once or (by_step and self._plan.verifying):
             return True
         if not self._is_owed or self._clock() < self._back_off_until(saver):
             return False
@@ -93,24 +95,28 @@ class Saving:
         self._has_waited = self._has_waited or by_step
         return not saver.is_busy(patience_s)
 
-    def save(self, step: int, best: Best | None, *, owes_evaluation: bool = False) -> None:
+    def save(
+        self, step: int, best: Best | None, *, evaluation: EvaluationState | None = None
+    ) -> None:
         """Save; every worker calls this after the same step.
 
         Args:
             step: of the variables.
             best: the best evaluation so far.
-            owes_evaluation: whether the evaluation after this step is still to be made.
+            evaluation: what became of the one after this step, if it was due.
 
         Raises:
             StorageError: saving has failed too often, or this attempt is over.
             Stopped: the same, on workers that leave the telling to another.
         """
         if self._save_streams(step, best) and self._saver is not None:
-            self._saver.save(step, best, owes_evaluation=owes_evaluation)
+            self._saver.save(step, best, evaluation=evaluation)
         self._is_owed = self._has_waited = False
         self._last_save = self._clock()
 
-    def save_last(self, step: int, best: Best | None, *, owes_evaluation: bool = False) -> None:
+    def save_last(
+        self, step: int, best: Best | None, *, evaluation: EvaluationState | None = None
+    ) -> None:
         """Save before training ends, and wait until it is done; tried several times.
 
         The arguments are those of `save`.
@@ -125,7 +131,7 @@ class Saving:
             with self._reporter.within(Phase.saving, written):
                 if self._saver is not None:
                     self._saver.wait()  # else the wait counted as a stall of this save too
-                self.save(step, best, owes_evaluation=owes_evaluation)
+                self.save(step, best, evaluation=evaluation)
                 if self._saver is not None:
                     self._saver.wait()
             failed = self._saver is not None and self._saver.num_failed > 0

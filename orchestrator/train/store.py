@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,22 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # In a manifest: the checkpoint can be exported, but training cannot go on from it.
 WEIGHTS_ONLY = "weights_only"
+_EVALUATION = "evaluation"
 _NAME = re.compile(r"step-(\d{8,})$")
 _REPLACED = ".replaced-"
 _MANIFEST_SUM = "manifest_sha256"
 _READ_BYTES = 1 << 20
+
+
+class EvaluationState(StrEnum):
+    """What became of the evaluation after a checkpoint's step, before the checkpoint was saved."""
+
+    owed = "owed"  # a stop has cut it short
+    told = "told"
+
+    def facts(self) -> dict[str, str]:
+        """Return what a manifest says of it."""
+        return {_EVALUATION: self.value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +239,14 @@ def attempt_of(path: Path) -> int | None:
     except ValueError:
         return None
     return attempt if isinstance(attempt, int) else None
+
+
+def evaluation_of(path: Path) -> EvaluationState | None:
+    """Return what became of the evaluation after a checkpoint's step; None if there was none."""
+    try:
+        return EvaluationState(read_manifest(path)[_EVALUATION])
+    except (ValueError, KeyError):
+        return None
 
 
 def newest_valid(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +106,19 @@ def test_the_address_of_the_job_server_is_told_from_the_heads_own(tmp_path: Path
     assert "give cluster.address=127.0.0.1:6379" in " ".join(ended.out.split())
 
 
-def test_a_wrong_token_is_called_that(ray_cluster: Cluster, tmp_path: Path) -> None:
-    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+@pytest.mark.parametrize(
+    "env",
+    [{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, {"HOME": "/nowhere"}],
+    ids=["wrong", "missing"],
+)
+def test_a_token_that_is_not_the_clusters_is_told_at_once(
+    env: dict[str, str], ray_cluster: Cluster, tmp_path: Path
+) -> None:
     address = f"cluster.address={ray_cluster.address}"
+    start = time.monotonic()
     ended = train("cluster=existing", address, cwd=tmp_path, env=env)
+    # Ray itself tries for 20 s before it says so.
+    assert time.monotonic() - start < 15
     assert ended.code == 6, ended.out
     assert "does not take the token" in ended.out
     assert "InvalidAuthToken" not in ended.out

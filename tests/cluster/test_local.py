@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 
 from orchestrator.control.folders import prepare
-from orchestrator.train.store import list_checkpoints, newest_valid
+from orchestrator.train.store import (
+    EvaluationState,
+    evaluation_of,
+    list_checkpoints,
+    newest_valid,
+)
 from tests.cluster import rig
 from tests.cluster.conftest import free_port
 from tests.cluster.rig import Ended, train
@@ -30,7 +35,9 @@ def test_a_run_leaves_everything_that_is_promised(one_device: Ended) -> None:
     for path in (run.config, run.plan, run.overrides, run.journal, run.proof, run.saved_model_dir):
         assert path.exists(), path
     assert run.worker_log(1, 0).stat().st_size > 0
-    assert [path.name for path in list_checkpoints(run.checkpoints_dir)] == ["step-00000120"]
+    (checkpoint,) = list_checkpoints(run.checkpoints_dir)
+    assert checkpoint.name == "step-00000120"
+    assert evaluation_of(checkpoint) is EvaluationState.told
     assert rig.records(run, "RunEnded")[0]["status"] == "FINISHED"
     assert len(rig.losses(run)) == 120
     assert [record["step"] for record in rig.records(run, "Evaluated")] == [60, 120]

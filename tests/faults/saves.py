@@ -12,7 +12,7 @@ from orchestrator.train import store
 FILES = {"variables.data-00000-of-00001": b"weights" * 100, "variables.index": b"index"}
 
 
-def save(paths: RunPaths, attempt: int, step: int, keep: int) -> None:
+def save(paths: RunPaths, attempt: int, step: int, keep: int, **facts: str) -> None:
     """Begin an attempt, save one checkpoint in it and remove the oldest."""
     prepare(paths, attempt)
     staged = paths.staging_dir(attempt) / store.checkpoint_name(step)
@@ -22,7 +22,7 @@ def save(paths: RunPaths, attempt: int, step: int, keep: int) -> None:
     store.commit(
         staged,
         paths.checkpoints_dir / store.checkpoint_name(step),
-        {"step": step, "attempt": attempt},
+        {"step": step, "attempt": attempt, **facts},
     )
     print("announced", flush=True)
     store.prune(paths.checkpoints_dir, keep, newest=step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,16 @@ from tests.train.tiny import clusters
 class Desk:
     """One worker's saving on a clock that the test moves; `gate` holds the saver's thread up."""
 
-    def __init__(self, folder: Path, *, keep: int = 9, streams: bool = False, **changes: Any):
-        self.plan = tiny_plan(folder, **changes)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 9,
+        streams: bool = False,
+        verifying: bool = False,
+        **changes: Any,
+    ):
+        self.plan = replace(tiny_plan(folder, **changes), verifying=verifying)
         prepare(self.plan.paths, 1)
         self.now = 1000.0
         self.gate = threading.Event()
@@ -118,6 +127,19 @@ def test_a_save_that_is_due_while_another_is_written_is_put_off_and_not_forgotte
     desk.saver.wait()
     assert not desk.saving.wish(by_step=False, at_once=False)
     assert desk.steps() == [9, 4]
+
+
+def test_no_save_is_put_off_where_checkpoints_are_compared_step_by_step(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, verifying=True)
+    desk.gate.clear()
+    assert desk.saving.wish(by_step=True, at_once=False)
+    desk.saving.save(4, None)
+    assert not desk.saving.wish(by_step=False, at_once=False)
+    assert desk.saving.wish(by_step=True, at_once=False)
+    desk.gate.set()
+    desk.saving.save(5, None)
+    desk.saver.wait()
+    assert desk.steps() == [5, 4]
 
 
 def test_a_save_is_due_by_time(tmp_path: Path) -> None:
