@@ -21,6 +21,7 @@ from orchestrator.spec.secrets import MASK, mask_text
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import read
 from orchestrator.track.mlflow_client import open_client
+from orchestrator.track.mlflow_reach import refusal
 from orchestrator.track.mlflow_writer import Writer
 
 _FLUSH_S = 1.0
@@ -159,7 +160,7 @@ def check(facts: RunFacts) -> None:
         open_client(facts.tracking_uri, facts.timeout_s)
     except Exception as error:
         raise StorageError(
-            f"MLflow at {mask_text(facts.tracking_uri)} does not answer "
+            f"MLflow at {mask_text(facts.tracking_uri)} takes no records "
             f"(tracking.required=true): {_one_line(error)}; start it, mend tracking.uri, or let "
             "the journal wait for it with tracking.required=false"
         ) from error
@@ -217,5 +218,8 @@ def sync(
 
 
 def _one_line(error: BaseException) -> str:
-    lines = mask_text(str(error)).strip().splitlines()
+    text = mask_text(str(error)).strip()
+    if (refused := refusal(text)) is not None:
+        return f"{refused.why}: {refused.mend}"
+    lines = text.splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -72,6 +72,15 @@ def _told_apart(uri: str, text: str) -> Obstacle:
             f"its database is of another, newer MLflow ({match[1]}, not {match[2]})",
             "install that MLflow, or set tracking.uri to another database",
         )
+    return refusal(text) or Obstacle(
+        f"it does not answer: {line}",
+        "start it, or set tracking.uri; without it the journal keeps everything and `orchestrator "
+        "runs sync` sends it later",
+    )
+
+
+def refusal(text: str) -> Obstacle | None:
+    """Return how a server refuses who asks, read from an error's text; None if it does not."""
     if _REFUSED.search(text):
         return Obstacle(
             "it wants to know who comes (401)",
@@ -82,11 +91,7 @@ def _told_apart(uri: str, text: str) -> Obstacle:
             "it refuses this user, or this host name (403)",
             "ask for the right to write there, or start the server with --allowed-hosts",
         )
-    return Obstacle(
-        f"it does not answer: {line}",
-        "start it, or set tracking.uri; without it the journal keeps everything and `orchestrator "
-        "runs sync` sends it later",
-    )
+    return None
 
 
 def _is_known(revision: str) -> bool:

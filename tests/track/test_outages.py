@@ -88,7 +88,8 @@ def test_a_password_comes_from_the_environment_and_files_go_through_the_server(
         written = [path.read_bytes() for path in (root_of(tmp_path)).rglob("*.*")]
         assert not any(b"hunter2" in content for content in written)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
-        assert "401" in sync(root_of(tmp_path), deadline_s=20).missing
+        missing = sync(root_of(tmp_path), deadline_s=20).missing
+        assert "(401)" in missing and "MLFLOW_TRACKING_USERNAME" in missing
 
 
 def test_credentials_of_an_address_are_given_again_when_the_record_is_completed(
