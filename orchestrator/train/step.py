@@ -22,18 +22,19 @@ import tensorflow as tf
 
 from orchestrator.errors import JobError
 from orchestrator.spec.plan import RunPlan
-from orchestrator.spec.schema import Compile, Precision
+from orchestrator.spec.schema import Compile
 from orchestrator.train.block import BlockResult, Rows, first_bad
 from orchestrator.train.choice import Choice
 from orchestrator.train.compiled import CannotCompile, compiled_share, folded_square_sum, refusals
 from orchestrator.train.data import Feed, Shard
 from orchestrator.train.inputs import Resident, feature_spec, padded_lengths, step_features
-from orchestrator.train.job import Job, flatten_groups
+from orchestrator.train.job import Job
 from orchestrator.train.names import renamed, stable_names
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.replica import Replicas, Share, local_replica, summed_over_replicas
 from orchestrator.train.sources import Source
 from orchestrator.train.stateful import refuse_stateful_draws
+from orchestrator.train.update import Update
 
 
 class TrainStep:
@@ -66,21 +67,16 @@ class TrainStep:
         self._compiles = compiles
         self._compiled: set[Any] = set()  # for which lengths of features XLA has compiled
         self._plan = plan
-        self._model = model
         self._optimizers = optimizers
         self._strategy = strategy
         self._shards = shards
         self._resident = resident
         self._replicas = Replicas(plan, job, model, optimizers.groups, shards)
-        self._groups = optimizers.groups
-        self._divisor = _divisor(plan)
-        self._variables = flatten_groups(optimizers.groups)
-        self._moving: list[keras.Variable] = []
-        self._is_unweighted = False
+        self._update = Update(plan, optimizers, strategy)
         self._is_checked = not plan.config.train.deterministic
         self._tell = tell
         names = stable_names(model)
-        paths = [renamed(variable.path, names) for variable in self._variables]
+        paths = [renamed(variable.path, names) for variable in self._update.variables]
         self._rows = Rows(paths, len(shards), with_norms=plan.config.train.layer_norms)
         is_resident = resident.tables is not None
         state = [v for section in optimizers.variables.values() for v in section]
@@ -204,26 +200,26 @@ class TrainStep:
             choose: see `_block`'s `xla`.
         """
         values = self._first(reduced)
-        sums, count = values[-1], len(self._variables)
+        sums, count = values[-1], len(self._update.variables)
         squares = self._squares(values[:count], compiled=choose)
         norm = tf.sqrt(tf.reduce_sum(squares))
         # The norm tells more than the loss, which a ReLU can keep finite; check both.
         ok = tf.math.is_finite(norm) & tf.math.is_finite(sums[1])
-        factor, scale = self._factor(sums), self._optimizers.loss_scale
+        factor, scale = self._update.factor(sums), self._optimizers.loss_scale
         told = {"mean_norm": norm * factor, "scale": 1.0 if scale is None else scale.value}
         norms = []
         if self._rows.with_norms:
-            weights = [tf.convert_to_tensor(variable.value) for variable in self._variables]
+            weights = [tf.convert_to_tensor(variable.value) for variable in self._update.variables]
             weight_squares = self._squares(weights, compiled=choose)
             norms = [tf.sqrt(squares) * factor, tf.sqrt(weight_squares)]
         if choose:
-            self._update(reduced, norm, ok)
+            self._update.apply(reduced, norm, ok)
             bad = first_bad(squares)
             sound = [bad == 0]  # there is one replica
         else:
             bad, sound = tf.cond(
                 ok,
-                lambda: (self._update(reduced, norm), [True] * len(self._shards)),
+                lambda: (self._update.apply(reduced, norm), [True] * len(self._shards)),
                 lambda: (first_bad(squares), self._sound(gradients)),
             )
         if scale is not None:
@@ -261,12 +257,11 @@ class TrainStep:
         step = first_step + tf.cast(i, tf.int64)
 
         def trace() -> Share:
-            return self._replicas.share(local, step, raw, self._scale())
+            return self._replicas.share(local, step, raw, self._update.scale())
 
         share = compiled_share(trace) if compiled else trace()
         self._rows.layout = share.layout
-        self._moving = [variable for variable, _ in share.moved]
-        self._is_unweighted = share.is_unweighted
+        self._update.learn(share)
         num_replicas = self._plan.num_replicas
         gradients, are_reduced = self._replicas.all_dense(share.gradients)
         values = [*gradients, *(value / num_replicas for _, value in share.moved), share.sums]
@@ -279,55 +274,6 @@ class TrainStep:
             ]
         own = [g.values if isinstance(g, tf.IndexedSlices) else g for g in share.gradients]
         return values, (share.sums[1], own), ids
-
-    def _update(self, reduced: Sequence[Any], norm: Any, ok: Any = None) -> Any:
-        """Update all variables; with `ok` only if it is true."""
-        self._strategy.run(self._apply, (reduced, norm, ok))
-        if self._optimizers.averages is not None:
-            self._optimizers.averages.update(ok)
-        return tf.constant(0, tf.int64)  # no bad gradient: see `first_bad`
-
-    def _apply(self, reduced: Sequence[Any], norm: Any, ok: Any) -> None:
-        """Update the variables of one replica from reduced values."""
-        count = len(self._variables)
-        config = self._plan.config.optimizer
-        factor = self._factor(reduced[-1])
-        if config.clip_global_norm is not None:
-            limit = tf.constant(config.clip_global_norm, norm.dtype)
-            factor *= limit / tf.maximum(norm * factor, limit)
-        scaled = reduced[:count]
-        if tf.is_tensor(factor):
-            scaled = [gradient * tf.cast(factor, gradient.dtype) for gradient in scaled]
-        if config.clip_value is not None:
-            limit = config.clip_value
-            scaled = [tf.clip_by_value(gradient, -limit, limit) for gradient in scaled]
-        flat = iter(scaled)
-        grouped = {name: [next(flat) for _ in group] for name, group in self._groups.items()}
-        if ok is None:
-            self._optimizers.apply(grouped)
-        else:
-            self._optimizers.apply_if(ok, grouped)
-        for variable, value in zip(self._moving, reduced[count:-1], strict=True):
-            new = tf.cast(value, variable.dtype)
-            variable.value.assign(new if ok is None else tf.where(ok, new, variable.value))
-
-    def _factor(self, sums: Any) -> Any:
-        """Return what makes the reduced gradient that of the mean: 1 / (scale sum w), or 1."""
-        scale = self._optimizers.loss_scale
-        if self._is_unweighted:
-            batch = self._plan.config.train.global_batch_size
-            factor = self._divisor / batch  # 1.0, but for halves
-            if scale is not None:
-                return tf.cast(factor / scale.value, sums.dtype)
-            return 1.0 if factor == 1.0 else tf.constant(factor, sums.dtype)
-        factor = self._scale()
-        factor = tf.cast(factor, sums.dtype) if tf.is_tensor(factor) else factor
-        return tf.math.divide_no_nan(tf.ones_like(sums[0]), factor * sums[0])
-
-    def _scale(self) -> Any:
-        """Return s / G: a plain number, which loses no bits in float64, unless s changes."""
-        scale = self._optimizers.loss_scale
-        return 1.0 / self._divisor if scale is None else scale.value / self._divisor
 
     def _first(self, reduced: Sequence[Any]) -> list[Any]:
         return [self._strategy.experimental_local_results(value)[0] for value in reduced]
@@ -344,17 +290,6 @@ class TrainStep:
             self.mode, sentence = found
             if sentence:
                 self._tell(sentence)
-
-
-def _divisor(plan: RunPlan) -> int:
-    """Return what sums over examples are divided by before they are differentiated.
-
-    The global batch size; with halves the power of two from there on, as 1 / 100 in bfloat16 is
-    0.1 % too large. The reduced gradient, in float32, is multiplied by what is missing.
-    """
-    batch = plan.config.train.global_batch_size
-    is_half = plan.config.precision.policy in (Precision.mixed_bfloat16, Precision.mixed_float16)
-    return 1 << (batch - 1).bit_length() if is_half else batch
 
 
 def _filled(array: np.ndarray, length: int) -> Any:
