@@ -25,6 +25,7 @@ class Pair(keras.Model):
         self.discriminator = keras.Sequential([*look, dense(256), dense(128), layers.Dense(1)])
 
     def call(self, latents: Any) -> Any:
+        """Return what the generator makes of latents."""
         return self.generator(latents)
 
 

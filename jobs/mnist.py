@@ -19,6 +19,7 @@ class Classifier(keras.Model):
         self.logits = keras.layers.Dense(10)
 
     def call(self, images: Any) -> Any:
+        """Return the logits of images."""
         return self.logits(self.hidden(self.flatten(images)))
 
 

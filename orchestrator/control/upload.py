@@ -118,6 +118,7 @@ def _files(
     """Yield the files below a folder, also behind links; a link that leads nowhere is none.
 
     Args:
+        folder: where they lie.
         left_out: names in this folder that are not taken.
         above: the real folders that led here.
     """

@@ -60,6 +60,14 @@ class TrainStep:
         """Prepare the functions; nothing is traced before the first block.
 
         Args:
+            plan: of the run.
+            job: whose losses are differentiated.
+            model: what it trains.
+            optimizers: of the model's groups of variables.
+            strategy: under which model and optimizers were made.
+            shards: of this worker's replicas, in their order.
+            source: the training examples.
+            resident: their arrays on the devices, if they lie there.
             tell: takes a sentence about how blocks are executed, once it is decided.
             compiles: called before XLA compiles, which may take long.
         """
@@ -163,6 +171,9 @@ class TrainStep:
         """Run `num_steps` steps; a Python function of tensors, traced once.
 
         Args:
+            first_step: steps done before the block, int64.
+            num_steps: how many to run, int32.
+            feeds: for each local replica the ids and features of at least so many steps.
             xla: decide about an update at each assignment instead of around all of them if the
                 block is one program, else have a replica's share compiled by itself.
         """
