@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,9 +103,10 @@ def test_the_newest_training_of_a_job_below_a_folder_is_found_while_it_runs(
 
 
 def test_no_variable_sends_a_job_to_another_cluster(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps a token, too
     for number, name in enumerate(("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"), 2):
         monkeypatch.setenv(name, f"http://127.0.0.1:{number}")
     with pytest.raises(ClusterError) as refusal:

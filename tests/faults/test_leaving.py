@@ -180,14 +180,42 @@ def test_a_stop_of_the_whole_process_group_while_tracing_saves(tmp_path: Path) -
 
 
 @pytest.mark.thorough
-def test_a_worker_that_gets_sigterm_lets_all_save(tmp_path: Path) -> None:
-    process = paced(*TWO, *QUIET, cwd=tmp_path)
-    run = wait_for_record(tmp_path, "Saved")
-    pids = rig.wait_for_attempt_step(run, 1, 30)
+@pytest.mark.parametrize("phase", ["tracing", "evaluating", "stepping"])
+def test_a_worker_that_gets_sigterm_lets_all_save(tmp_path: Path, phase: str) -> None:
+    lingering = ("train.eval_every_steps=30", f"job.args.linger={phase}", "export.enabled=false")
+    process = paced(*lingering, *TWO, cwd=tmp_path)
+    run = wait_for_record(tmp_path, "Beacon", phase=phase, worker=1)
+    pids = {record["worker"]: record["pid"] for record in records(run, "Ready")}
+    begin = time.monotonic()
     os.kill(pids[1], signal.SIGTERM)
     out = finish(process, tmp_path)
     assert out.code == 143, out.out
-    assert newest(run) == last_step(run)
+    assert time.monotonic() - begin < _STOP_S
+    assert newest(run) == last_step(run) > 0
+    assert rig.attempts(run) == [1] and status(run) == "KILLED"
+
+
+@pytest.mark.thorough
+def test_a_stop_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_step(
+    tmp_path: Path,
+) -> None:
+    paces = ("chaos.step_ms=1", "checkpoint.every_steps=20", "checkpoint.keep=9")
+    process = paced(*paces, *TWO, *QUIET, cwd=tmp_path)
+    run = wait_for_record(tmp_path, "BlockDone")
+    run.chaos_dir.mkdir(exist_ok=True)
+    (run.chaos_dir / "hold-save").touch()
+    wait_for((run.chaos_dir / "hold-save.taken").exists, "a save that is held")
+    begin = time.monotonic()
+    interrupt(process, signal.SIGTERM)
+    stopped_at = last_step(run)
+    time.sleep(2.0)
+    # The step is made, its save waits for the one before: nothing is given up meanwhile.
+    assert process.poll() is None and newest(run) < stopped_at
+    (run.chaos_dir / "release-save").touch()
+    out = finish(process, tmp_path)
+    assert out.code == 143, out.out
+    assert time.monotonic() - begin < _STOP_S
+    assert newest(run) == last_step(run) >= stopped_at
     assert rig.attempts(run) == [1] and status(run) == "KILLED"
 
 
