@@ -34,6 +34,7 @@ class Ancestry:
     def began(self, attempt: int, step: int) -> None:
         """Learn where an attempt goes on from."""
         self._starts[attempt] = step
+        self.last_evaluation = min(self.last_evaluation, step)
 
     def reached(self, step: int) -> None:
         """Learn that a step is on record."""
@@ -142,18 +143,26 @@ class Checkpoints:
             return search
         search = store.newest_valid(folder)
         if search.path is not None:
+            what = (
+                "that evaluation is" if self._is_on_record(search.path) else "the steps between are"
+            )
             self._tell(
                 f"checkpoint {search.path.name} {self._why_left(search.path)}; there is no earlier "
-                "one, so the steps between are on no record"
+                f"one, so {what} on no record"
             )
         return search
+
+    def _is_on_record(self, path: Path) -> bool:
+        """Tell whether the steps up to a checkpoint are on record."""
+        assert self._ancestry is not None
+        return store.step_of(path) <= self._ancestry.last_step
 
     def _why_left(self, path: Path) -> str:
         """Say why a checkpoint is not of the steps that led to where the run is."""
         assert self._ancestry is not None
         if (start := self._ancestry.left_at(path)) is not None:
             return f"was saved before the run went back to step {start:,}"
-        if store.step_of(path) <= self._ancestry.last_step:
+        if self._is_on_record(path):
             return "is later than the record, which lacks the evaluation after its step"
         return f"is later than the record, which ends at step {self._ancestry.last_step:,}"
 

@@ -77,7 +77,8 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
             format_ = max(format_, int(record.get("format", FORMAT)))
         elif kind == "AttemptStarted":
             attempts = max(attempts, int(record["attempt"]))
-            starts[int(record["attempt"])] = start_of(record.get("restore_from"))
+            start = starts[int(record["attempt"])] = start_of(record.get("restore_from"))
+            last_evaluation = min(last_evaluation, start)  # what came later is made again
         elif kind == "DataUsed":
             digests[record["split"]] = record["digest"]
         elif kind == "Evaluated":

@@ -273,7 +273,8 @@ def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
         timeout_s=config.tracking.timeout_s,
         register=config.export.register,
         alias=config.export.alias,
-        params=flatten(config),
+        # What `auto` came to: it may be another where a run is resumed.
+        params=flatten(config) | {"precision.policy": plan.precision.value},
         tags={
             **provenance(overrides, config.code_dirs),
             "orchestrator.strategy": config.strategy.name.value,

@@ -142,6 +142,27 @@ def test_one_whose_evaluation_is_on_no_record_is_left(
     assert ["lacks the evaluation after its step" in line for line in said] == [True][taken // 20 :]
 
 
+def test_an_evaluation_that_was_passed_over_is_on_no_record_any_more(tmp_path: Path) -> None:
+    paths = saved(tmp_path, 10)
+    save(paths, 3, 20, keep=9, **store.EvaluationState.told.facts())
+    ancestry = Ancestry(20, last_evaluation=20)
+    ancestry.began(2, 10)  # step 20 and its evaluation are made again
+    ancestry.reached(20)
+    found = Checkpoints(paths, read, print, ancestry).newest()
+    assert found is not None and found[0] == 10
+    ancestry.evaluated(20)
+    found = Checkpoints(paths, read, print, ancestry).newest()
+    assert found is not None and found[0] == 20
+
+
+def test_the_only_one_is_taken_although_its_evaluation_is_on_no_record(tmp_path: Path) -> None:
+    paths, said = saved(tmp_path), list[str]()
+    save(paths, 1, 20, keep=9, **store.EvaluationState.told.facts())
+    found = Checkpoints(paths, read, said.append, Ancestry(20)).newest()
+    assert found is not None and found[0] == 20
+    assert said[0].endswith("there is no earlier one, so that evaluation is on no record")
+
+
 def test_one_whose_evaluation_is_still_to_be_made_is_taken(tmp_path: Path) -> None:
     paths = saved(tmp_path, 10)
     save(paths, 1, 20, keep=9, **store.EvaluationState.owed.facts())

@@ -197,16 +197,14 @@ def _refuse_wrong_token(address: str) -> None:
     Raises:
         ClusterError: it wants a token, and there is none or another.
     """
-    channel = init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])
     try:
-        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_CONNECT_TIMEOUT_S)
+        with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_CONNECT_TIMEOUT_S)
     except Exception as error:
         code = getattr(error, "code", lambda: None)()
         if getattr(code, "name", "") == "UNAUTHENTICATED":
             raise _wrong_token(address) from error
-    finally:
-        channel.close()
 
 
 def _wrong_token(address: str) -> ClusterError:

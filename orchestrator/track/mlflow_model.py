@@ -20,9 +20,6 @@ from typing import Any
 
 import numpy as np
 
-# Of the largest answer. Other batch sizes take other kernels, which sum in another order: some
-# hundred float32 roundings of 1.2e-7 each.
-TOLERANCE = 1e-4
 # Where all answers are smaller, what they were summed from may be larger than they are, and so is
 # its rounding: no more than float32's, 1e-7 of one, is asked for.
 _SMALLEST = 1e-3
@@ -40,7 +37,7 @@ class Refused(Exception):
 def main(argv: list[str]) -> int:
     """Prove and package the export in the folder `argv[0]`; the proof says how it went."""
     export_dir = Path(argv[0])
-    proof: dict[str, Any] = {"passed": False, "tolerance": TOLERANCE}
+    proof: dict[str, Any] = {"passed": False}
     package = export_dir / "mlflow_model"
     shutil.rmtree(package, ignore_errors=True)
     try:
@@ -62,6 +59,7 @@ def _prove(export_dir: Path, package: Path) -> dict[str, Any]:
 
     with np.load(export_dir / "golden.npz") as golden:
         inputs, outputs = golden["inputs"], golden["outputs"]
+        tolerance = float(golden["tolerance"])
     saved_model = export_dir / "saved_model"
     loaded = tf.saved_model.load(str(saved_model))
     signature = loaded.signatures["serving_default"]
@@ -70,26 +68,33 @@ def _prove(export_dir: Path, package: Path) -> dict[str, Any]:
         answers: np.ndarray = signature(**{_INPUT: tf.constant(batch)})[_OUTPUT].numpy()
         return answers
 
-    difference = _compare(answer, inputs, outputs)
+    difference = _compare(answer, inputs, outputs, tolerance)
     figures = {f"latency_{size}_ms": _latency_ms(answer, inputs[:size]) for size in _TIMED_SIZES}
     _package(loaded, package, inputs, outputs)
 
     import mlflow
 
     packaged = mlflow.pyfunc.load_model(str(package))
-    difference = max(difference, _compare(packaged.predict, inputs, outputs))
+    difference = max(difference, _compare(packaged.predict, inputs, outputs, tolerance))
     size_bytes = sum(path.stat().st_size for path in saved_model.rglob("*") if path.is_file())
     return {
         "time": time.time(),
         "batch_sizes": _BATCH_SIZES,
         "max_difference": difference,
+        "tolerance": tolerance,
         "size_bytes": size_bytes,
         **figures,
     }
 
 
-def _compare(answer: Any, inputs: np.ndarray, outputs: np.ndarray) -> float:
+def _compare(answer: Any, inputs: np.ndarray, outputs: np.ndarray, tolerance: float) -> float:
     """Return the largest difference of the answers at several batch sizes, relative to the largest.
+
+    Args:
+        answer: takes a batch.
+        inputs: the golden batch.
+        outputs: the live model's answers to it.
+        tolerance: of the largest answer, what rounding explains.
 
     Raises:
         Refused: an answer has another dtype or shape, or differs by more than the tolerance.
@@ -103,14 +108,14 @@ def _compare(answer: Any, inputs: np.ndarray, outputs: np.ndarray) -> float:
             raise Refused(f"it answers {answers.dtype}, the live model {wanted.dtype}")
     whole, scale = given[_WHOLE], _largest(outputs)
     again = _difference(_ask(answer, inputs[:_WHOLE]), whole, scale)
-    if not again <= TOLERANCE:
+    if not again <= tolerance:
         raise Refused(
             f"asked twice, its answers differ by {again:.2g} of the largest one: something random "
             "is on, such as dropout; serve() must call the model with training=False"
         )
     for size, answers in given.items():
         apart = _difference(answers, whole[:size], scale)
-        if not apart <= TOLERANCE:
+        if not apart <= tolerance:
             raise Refused(
                 f"its answer to an example depends on the others of its batch: by {apart:.2g} of "
                 f"the largest answer between batches of {size} and {_WHOLE}; serve() must call "
@@ -120,10 +125,10 @@ def _compare(answer: Any, inputs: np.ndarray, outputs: np.ndarray) -> float:
         size: _difference(answers, outputs[:size], scale) for size, answers in given.items()
     }
     size = max(differences, key=lambda size: differences[size])
-    if not differences[size] <= TOLERANCE:
+    if not differences[size] <= tolerance:
         raise Refused(
             f"at batch size {size} it differs from the live model by {differences[size]:.2g} of "
-            f"the largest answer; at most {TOLERANCE:g} is explained by rounding. It has other "
+            f"the largest answer; at most {tolerance:g} is explained by rounding. It has other "
             "weights than the live model, or prepares its inputs otherwise"
         )
     return differences[size]

@@ -161,7 +161,7 @@ def check(facts: RunFacts) -> None:
     except Exception as error:
         raise StorageError(
             f"MLflow at {mask_text(facts.tracking_uri)} takes no records "
-            f"(tracking.required=true): {_one_line(error)}; start it, mend tracking.uri, or let "
+            f"(tracking.required=true): {_one_line(error)}; mend that or tracking.uri, or let "
             "the journal wait for it with tracking.required=false"
         ) from error
 

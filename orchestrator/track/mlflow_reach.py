@@ -12,8 +12,9 @@ from orchestrator.spec.secrets import mask_text
 from orchestrator.track.mlflow_client import open_client
 
 _SCHEMA = re.compile(r"found version (\w+), but expected (\w+)")
-_REFUSED = re.compile(r"\b401\b|UNAUTHENTICATED")
-_FORBIDDEN = re.compile(r"\b403\b|PERMISSION_DENIED")
+# As MLflow's client and the requests library say it; a figure of 401 in an error is none.
+_REFUSED = re.compile(r"error code 401\b|\b401 Client Error|UNAUTHENTICATED")
+_FORBIDDEN = re.compile(r"error code 403\b|\b403 Client Error|PERMISSION_DENIED")
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,15 @@ class Captured(keras.StatelessScope):
         """
         super().__init__(state, collect_losses=True, initialize_variables=False)
         self._derived = derived
+        self._given = {id(variable) for variable, _ in state}
         self._assigned: dict[int, keras.Variable] = {}
+        self._graph: Any = None
+
+    def __enter__(self) -> Captured:
+        """Begin to catch what is assigned in the graph that is being built."""
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        super().__enter__()
+        return self
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         """Return the value assigned in the scope, else the variable itself, which tapes watch."""
@@ -41,9 +49,27 @@ class Captured(keras.StatelessScope):
         return variable._value if value is None else value
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
-        """Take what is assigned to a variable; called by Keras."""
+        """Take what is assigned to a variable; called by Keras.
+
+        Raises:
+            JobError: that happens in the body of a loop or the like, from which it cannot be taken.
+        """
+        variable, value = update
+        if self._graph is not None and getattr(value, "graph", self._graph) is not self._graph:
+            if self._follows_from_step(variable):
+                return  # a layer of the model draws the same in each round
+            raise JobError(
+                f"the job assigns to {variable.path} in tf.map_fn, a loop or a condition, where "
+                "each round would begin with the same value: random layers and generators would "
+                "draw the same for every example. Use them on the whole batch, or draw from the "
+                "seeds that prepare() gets (orchestrator.train.draws)"
+            )
         super().add_update(update)
-        self._assigned[id(update[0])] = update[0]
+        self._assigned[id(variable)] = variable
+
+    def _follows_from_step(self, variable: keras.Variable) -> bool:
+        """Tell whether a variable is a seed of the model's layers."""
+        return id(variable) in self._given and not tf.as_dtype(variable.dtype).is_floating
 
     def refuse_lost(
         self, kept: Callable[[keras.Variable], bool], of_model: Collection[keras.Variable]

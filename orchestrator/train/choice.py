@@ -121,16 +121,16 @@ class Choice:
             start = time.monotonic()
             try:
                 run(mode)
+                rates[mode] = num_steps / (time.monotonic() - start)
             except tf.errors.OpError as error:
                 if mode is Compile.graph:
                     raise
                 # Whatever it is, the job runs as a graph: it did so in the blocks before.
-                first = str(error.message).strip().splitlines()[0]
+                first = (str(error.message).strip() or type(error).__name__).splitlines()[0]
                 raise CannotCompile(f"under XLA it fails: {first}") from error
             finally:
                 for variable, value in zip(self._state, before, strict=True):
                     variable.assign(value)
-            rates[mode] = num_steps / (time.monotonic() - start)
         return rates
 
     def _why_not_xla(self, graph: Any, left_s: float) -> str:

@@ -2,9 +2,10 @@
 
 For global batch size G, weights w and losses l, a replica differentiates
 
-    (s / G) (sum_i w_i l_i  +  sum_i w_i  x  sum of terms)
+    (s / D) (sum_i w_i l_i  +  sum_i w_i  x  sum of terms)
 
-in which the scale s / G only keeps the numbers in range: 1/G, times the loss scale with float16.
+in which the scale s / D only keeps the numbers in range: D is G, or with halves the power of two
+from there on, and s the loss scale with float16, else 1.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Replicas:
         self._seeds = [v for v in model.variables if is_layer_seed(v)]
         self._moving = [v for v in model.non_trainable_variables if is_moving(v)]
         self._kept = {id(variable) for variable in self._moving}
+        self._origins: dict[int, Any] = {}  # of the job's own seed generators
         # Keras makes its own generator at the first draw without a seed; made while a batch is
         # computed it would have no value outside (keras 3.15, random/seed_generator.py).
         keras.random.uniform(())
@@ -80,7 +82,7 @@ class Replicas:
             local: which of this worker's replicas.
             step: steps done before this one, int64.
             raw: the features of the replica's examples, not yet prepared.
-            scale: s / G, a number or a scalar.
+            scale: s / D, a number or a scalar.
         """
         plan, shard = self._plan, self._shards[local]
         positions = step * plan.config.train.global_batch_size + shard.offset
@@ -203,19 +205,34 @@ class Replicas:
         the second word, so the step goes into the first.
         """
         replica = self._shards[local].offset  # distinct for each replica of the run
-        indices = {id(variable): index for index, variable in enumerate(self._seeds)}
+        indices: dict[Any, int] = {id(v): index for index, v in enumerate(self._seeds)}
 
         def state(variable: keras.Variable) -> Any:
             if not is_layer_seed(variable):
                 return None
             # The job's own come after the model's, in the order of their first draws.
-            index = indices.setdefault(id(variable), len(indices))
+            index = indices.get(id(variable))
+            if index is None:
+                index = indices.setdefault(self._origin(variable), len(indices))
             text = f"{self._plan.config.train.seed} {index} {replica} {micro}".encode()
             first, second = struct.unpack("<II", hashlib.sha256(text).digest()[:8])
             word = tf.cast((step + first) % 2**32, variable.dtype)
             return tf.stack([word, tf.cast(second, variable.dtype)])
 
         return state
+
+    def _origin(self, variable: keras.Variable) -> Any:
+        """Return what a generator of the job began with: two of the same seed draw alike.
+
+        So Keras has it, for an image and its mask, say; without a seed each has another.
+        """
+        value = variable._value  # `value` asks the scope
+        if value is None:
+            return id(variable)  # Keras's own, made while something else was traced
+        if id(variable) not in self._origins:
+            with tf.init_scope():
+                self._origins[id(variable)] = tuple(tf.convert_to_tensor(value).numpy().tolist())
+        return self._origins[id(variable)]
 
     def _is_kept(self, variable: keras.Variable) -> bool:
         """Tell whether what is assigned to a variable lives on, or follows from the step."""

@@ -1,9 +1,9 @@
 """The compiled block: K steps of gradients, one reduction each, one decision each.
 
 One all-reduce (SUM) carries, for each dtype, the gradients of `replica.py`, the moving state of
-layers divided by R, and the sums of weights, loss and metrics. Multiplied by G / (s sum w), the
-reduced gradient is that of the weighted mean loss plus the terms, whatever the number R of
-replicas is and however the global batch of G was split.
+layers divided by R, and the sums of weights, loss and metrics. Multiplied by D / (s sum w), with
+`replica.py`'s D and s, the reduced gradient is that of the weighted mean loss plus the terms,
+whatever the number R of replicas is and however the global batch was split.
 
 Everything that decides anything is computed from reduced values and between two `strategy.run`s:
 a `tf.cond` around an optimizer inside a replica fails under every strategy (TensorFlow 2.21).

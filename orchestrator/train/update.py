@@ -26,7 +26,7 @@ class Update:
     """
 
     def __init__(self, plan: RunPlan, optimizers: Optimizers, strategy: tf.distribute.Strategy):
-        """Prepare; `learn` comes before anything else."""
+        """Prepare; `factor` and `apply` need to `learn` first."""
         self.variables = flatten_groups(optimizers.groups)
         self._config = plan.config.optimizer
         self._batch = plan.config.train.global_batch_size
@@ -42,7 +42,7 @@ class Update:
         self._is_unweighted = share.is_unweighted
 
     def scale(self) -> Any:
-        """Return s / G: a plain number, which loses no bits in float64, unless s changes."""
+        """Return s over the divisor: a plain number, which loses no bits, unless s changes."""
         scale = self._optimizers.loss_scale
         return 1.0 / self._divisor if scale is None else scale.value / self._divisor
 

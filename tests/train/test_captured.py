@@ -79,6 +79,55 @@ def test_a_jobs_own_draws_differ_everywhere_and_repeat_on_replay(
     np.testing.assert_array_equal(draws(resumed), draws(rig)[3:])
 
 
+def twins() -> Callable[[Any], Any]:
+    left, right = (keras.layers.GaussianNoise(1.0, seed=7) for _ in range(2))
+    return lambda shape: (
+        left(tf.zeros(shape), training=True) - right(tf.zeros(shape), training=True)
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_two_generators_of_one_seed_draw_alike(tmp_path: Path, replicas: int) -> None:
+    job = Drawing(twins(), in_prepare=True)
+    rig = make_rig(tmp_path, job, replicas=replicas, train__global_batch_size=BATCH).run(1, 2)
+    assert not draws(rig).any()
+
+
+def one_by_one() -> Callable[[Any], Any]:
+    noise = keras.layers.GaussianNoise(1.0)
+    return lambda shape: tf.map_fn(lambda x: noise(x, training=True), tf.zeros(shape))
+
+
+@pytest.mark.parametrize("in_prepare", [True, False])
+def test_a_draw_in_a_loop_over_examples_is_refused(tmp_path: Path, in_prepare: bool) -> None:
+    rig = make_rig(tmp_path, Drawing(one_by_one(), in_prepare=in_prepare))
+    with pytest.raises(JobError, match=r"seed_generator_state in tf.map_fn, a loop or a condition"):
+        rig.run(1)
+
+
+class Looping(Tiny):
+    """Has a dropout in a loop over positions, and calls it again after the loop."""
+
+    def model(self) -> keras.Model:
+        drop = keras.layers.Dropout(0.5)
+
+        class Loop(keras.layers.Layer):
+            def call(self, x: Any, training: bool = False) -> Any:
+                rows = tf.map_fn(lambda row: drop(row, training=training), x)
+                return drop(rows, training=training)
+
+        inputs = keras.Input((8,))
+        loop = Loop()
+        loop.drop = drop
+        return keras.Model(inputs, keras.layers.Dense(3)(loop(inputs)))
+
+
+def test_a_random_layer_in_a_loop_of_the_model_is_no_fault(tmp_path: Path) -> None:
+    losses = make_rig(tmp_path, Looping()).run(3).losses
+    assert np.isfinite(losses).all() and len(np.unique(losses)) == 3
+    np.testing.assert_array_equal(make_rig(tmp_path, Looping()).run(3).losses, losses)
+
+
 def test_a_draw_without_a_seed_is_possible_after_training(tmp_path: Path) -> None:
     make_rig(tmp_path, Drawing(keras.random.normal), train__global_batch_size=BATCH).run(1)
     first, second = (keras.random.normal([3]).numpy() for _ in range(2))
