@@ -36,8 +36,8 @@ from orchestrator.runs import (
 )
 from orchestrator.screen import Screen
 from orchestrator.signals import Stops
-from orchestrator.spec.config import flatten, load_config, to_yaml
-from orchestrator.spec.describe import describe, headline
+from orchestrator.spec.config import load_config, to_yaml
+from orchestrator.spec.describe import describe, headline, params_of
 from orchestrator.spec.environment import inspect_environment
 from orchestrator.spec.host import local_host
 from orchestrator.spec.paths import RunPaths
@@ -122,7 +122,7 @@ def _train(
 
         plan = replan(config.strategy.num_workers)
         if past is not None:
-            notices += compare_settings(past, plan, flatten(config))
+            notices += compare_settings(past, plan, params_of(plan))
         notices += _keep_code(plan, past)
         screen = stack.enter_context(
             Screen(

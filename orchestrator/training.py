@@ -27,8 +27,7 @@ from orchestrator.runs import (
 )
 from orchestrator.screen import Screen
 from orchestrator.signals import Stops
-from orchestrator.spec.config import flatten
-from orchestrator.spec.describe import experiment_name
+from orchestrator.spec.describe import experiment_name, params_of
 from orchestrator.spec.messages import (
     BlockDone,
     DataUsed,
@@ -273,8 +272,7 @@ def make_facts(plan: RunPlan, overrides: list[str]) -> RunFacts:
         timeout_s=config.tracking.timeout_s,
         register=config.export.register,
         alias=config.export.alias,
-        # What `auto` came to: it may be another where a run is resumed.
-        params=flatten(config) | {"precision.policy": plan.precision.value},
+        params=params_of(plan),
         tags={
             **provenance(overrides, config.code_dirs),
             "orchestrator.strategy": config.strategy.name.value,

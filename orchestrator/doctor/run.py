@@ -37,8 +37,8 @@ from orchestrator.errors import (
     interruptions,
 )
 from orchestrator.signals import Stops
-from orchestrator.spec.config import flatten, load_config
-from orchestrator.spec.describe import headline
+from orchestrator.spec.config import load_config
+from orchestrator.spec.describe import headline, params_of
 from orchestrator.spec.host import expected_host
 from orchestrator.spec.plan import Host, RunPlan, make_plan
 from orchestrator.spec.schema import ClusterName, RunConfig
@@ -108,7 +108,7 @@ def _doctor(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCod
             report.row("run name", [_taken(plan.paths.root.parent / config.run_name)])
         if weights is not None:
             report.row("initial weights", [weights])
-        report.row("duration", [expected_duration(plan, flatten(config))])
+        report.row("duration", [expected_duration(plan, params_of(plan))])
         report.row("upload", _upload(config, is_reached=is_reached))
         report.row("tracking", [mask_text(plan.tracking_uri), tracking.result()])
         if config.cluster.name is ClusterName.existing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from orchestrator.spec.config import flatten
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import (
     ClusterName,
@@ -30,6 +31,14 @@ def headline(plan: RunPlan) -> list[str]:
         f"run folder {plan.paths.root}",
         *_unproven(plan),
     ]
+
+
+def params_of(plan: RunPlan) -> dict[str, str]:
+    """Return what the record says of a plan's configuration: flattened, `auto` as what it came to.
+
+    It may come to something else where the run is resumed.
+    """
+    return flatten(plan.config) | {"precision.policy": plan.precision.value}
 
 
 def describe(plan: RunPlan) -> str:

@@ -22,15 +22,19 @@ class Captured(keras.StatelessScope):
         self,
         state: Sequence[tuple[keras.Variable, Any]] = (),
         derived: Callable[[keras.Variable], Any] = lambda variable: None,
+        *,
+        discards: bool = False,
     ):
         """Begin with some values.
 
         Args:
             state: variables and what they are in the scope.
             derived: asked for the value of any other; None lets it be what it is outside.
+            discards: nobody looks at what was assigned, so that it may be anything.
         """
         super().__init__(state, collect_losses=True, initialize_variables=False)
         self._derived = derived
+        self._discards = discards
         self._given = {id(variable) for variable, _ in state}
         self._assigned: dict[int, keras.Variable] = {}
         self._graph: Any = None
@@ -56,7 +60,7 @@ class Captured(keras.StatelessScope):
         """
         variable, value = update
         if self._graph is not None and getattr(value, "graph", self._graph) is not self._graph:
-            if self._follows_from_step(variable):
+            if self._discards or self._follows_from_step(variable):
                 return  # a layer of the model draws the same in each round
             raise JobError(
                 f"the job assigns to {variable.path} in tf.map_fn, a loop or a condition, where "

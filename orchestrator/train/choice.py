@@ -23,6 +23,7 @@ _WORTH_TRYING_S = 5.0
 _LEFT_PER_COMPILE = 8.0
 _COMPILE_S_PER_NODE = 0.004
 _TRIAL_S = 0.1
+_RULES = 2  # by which a choice was made: one by other rules is made again
 # `RandomIndexShuffle` is the exception: it is computed, the same everywhere.
 _DRAWS = re.compile("Random(?!IndexShuffle)|Multinomial|TruncatedNormal|CandidateSampler|Dropout")
 
@@ -112,7 +113,7 @@ class Choice:
 
     def _where(self) -> list[Any]:
         plan = self._plan
-        return [platform.node(), plan.device_kind, plan.cpus_per_worker, tf.__version__]
+        return [_RULES, platform.node(), plan.device_kind, plan.cpus_per_worker, tf.__version__]
 
     def _rates(self, num_steps: int, run: Callable[[Compile], None]) -> dict[Compile, float]:
         before = [tf.identity(tf.convert_to_tensor(variable.value)) for variable in self._state]

@@ -154,7 +154,7 @@ class Evaluation:
         ids, weights, features = feeds[local]
         rows = self._resident.rows(local, ids[i], step_features(features, i))
         batch = self._job.prepare(rows, training=False, seeds=None)
-        with Captured():
+        with Captured(discards=True):
             outcome = self._job.losses(self._model, batch, training=False)
         self._layout, sums = weighted_sums(
             outcome, self._plan.eval_batch_size, tf.float64, mask=weights[i]

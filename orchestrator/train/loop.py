@@ -115,8 +115,7 @@ class Loop:
             self._save(step, decision)
             if decision.finish:
                 return Outcome.completed, step
-            is_last = step == self._plan.total_steps
-            if decision.stop and (not is_last or self._evaluation is EvaluationState.owed):
+            if decision.stop and not self._is_complete(step):
                 return Outcome.stopped, step
             num_steps = self._schedule.clip(step, decision.number)
         return Outcome.completed, step
@@ -219,7 +218,11 @@ class Loop:
         wish = Wish(save=self._is_best, stop=stop, finish=self._is_finished())
         decision = self._parts.agreement.decide(wish)
         self._save(step, decision)
-        return decision.stop
+        return decision.stop and not self._is_complete(step)
+
+    def _is_complete(self, step: int) -> bool:
+        """Tell whether nothing is left to do after a step: no other one, and no evaluation."""
+        return step == self._plan.total_steps and self._evaluation is not EvaluationState.owed
 
     def _evaluate(self, step: int) -> None:
         """Evaluate, unless all workers agree to stop before it is done."""

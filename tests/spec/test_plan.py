@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.errors import PlanError
 from orchestrator.spec.config import list_group, load_config
-from orchestrator.spec.describe import describe
+from orchestrator.spec.describe import describe, params_of
 from orchestrator.spec.plan import Host, RunPlan, make_plan, split_evenly
 from orchestrator.spec.schema import ClusterName, Precision, StrategyName
 from tests.plans import tiny_config, tiny_plan
@@ -396,3 +396,8 @@ def test_an_elastic_plan_says_how_few_workers_it_may_have(tmp_path: Path) -> Non
     )
     assert "3 workers x 1 CPU = 3 replicas, multi_worker" in describe(plan)
     assert "at least 2 workers" in describe(plan)
+
+
+def test_the_record_has_the_precision_that_auto_came_to() -> None:
+    plan = tiny_plan(Path("/somewhere"), precision__policy=Precision.auto)
+    assert params_of(plan)["precision.policy"] == "float32"
