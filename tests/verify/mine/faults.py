@@ -94,30 +94,33 @@ def tape_is_blind():
 
 def never_unscaled():
     """Leave the loss scale in the gradient."""
-    from orchestrator.train.step import TrainStep
+    from orchestrator.train.update import Update
 
-    factor = TrainStep._factor
+    factor = Update.factor
 
     def scaled_factor(self, sums):
         scale = self._optimizers.loss_scale
         made = factor(self, sums)
         return made if scale is None else made * tf.cast(scale.value, made.dtype)
 
-    TrainStep._factor = scaled_factor
+    Update.factor = scaled_factor
 
 
 def first_scale_stays():
     """Divide by the loss scale that training began with."""
-    from orchestrator.train.step import TrainStep
+    from orchestrator.train.update import Update
 
-    factor = TrainStep._factor
+    init, factor = Update.__init__, Update.factor
+
+    def init_with_first(self, plan, *args):
+        init(self, plan, *args)
+        self.first_scale = plan.loss_scale
 
     def stale_factor(self, sums):
-        scale, first = self._optimizers.loss_scale, self._plan.loss_scale
-        made = factor(self, sums)
-        return made if scale is None else made * tf.cast(scale.value / first, made.dtype)
+        scale, made = self._optimizers.loss_scale, factor(self, sums)
+        return made if scale is None else made * tf.cast(scale.value / self.first_scale, made.dtype)
 
-    TrainStep._factor = stale_factor
+    Update.__init__, Update.factor = init_with_first, stale_factor
 
 
 def decided_by_the_first_replica():
