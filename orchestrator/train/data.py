@@ -105,7 +105,8 @@ class Feed:
 class Feeder:
     """Prepares the input of blocks, the next one while the present one runs.
 
-    All of it is done by one thread: a source is never asked for two things at once.
+    All of it is done by one thread: the source of training is never asked for two things at once by
+    it. An evaluation asks its own source meanwhile.
     """
 
     def __init__(

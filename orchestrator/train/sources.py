@@ -80,7 +80,8 @@ class Source(ABC):
     def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return the examples at some indices.
 
-        Called from a thread while the previous block of steps runs, once at a time.
+        Called from a thread while the previous block of steps runs, once at a time. An evaluation
+        calls it of its own split meanwhile: two splits that share a file need a lock.
 
         Args:
             indices: int64 [n], each in [0, num_examples), in any order, repeats allowed.
