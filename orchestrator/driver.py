@@ -251,6 +251,9 @@ def _make_group(
             open(os.devnull, "wb") as nowhere,
             standard_error_in(nowhere),
         ):
+            from orchestrator.train.later import put_off
+
+            put_off()
             from orchestrator.train.worker import run
 
         return InlineGroup(run)

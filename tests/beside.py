@@ -3,9 +3,9 @@
     python -m pytest -p tests.beside --beside=tests/train --alone=tests/faults
 
 The second process writes what pytest knows of each test into a file; this one takes it from there
-between its own tests, so that counts, failures and durations are told once, at the end. Tests below
-`--alone` begin when nothing runs beside them any more: those that take the time. That order is why
-it is not pytest-xdist, which hands out tests to whoever is free.
+between its own tests, so that counts, failures and durations are told once, at the end. Tests in
+what `--alone` names, folders or files, begin when nothing runs beside them any more: those that
+take the time. That order is why it is not pytest-xdist, which hands out tests to whoever is free.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("beside")
     group.addoption("--beside", action="append", default=[], help="run a folder beside the others")
     group.addoption(
-        "--alone", action="append", default=[], help="run a folder when nothing else runs"
+        "--alone", action="append", default=[], help="run a folder or file when nothing else runs"
     )
     group.addoption("--reports-to", help="a file that takes the reports of this session")
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.spec.channel import receive_request, unpack_request
+from orchestrator.train.later import put_off
 
 _REQUEST_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -64,6 +65,7 @@ def main(argv: list[str]) -> int:
 
 def _import_tensorflow() -> str:
     """Import what every worker needs; return what went wrong, or nothing."""
+    put_off()
     try:
         import keras
         import tensorflow as tf
@@ -298,6 +300,7 @@ def _run_script(script: str) -> int:
 def fresh() -> NoReturn:
     """Run one child in this process instead of a fork; the request comes on standard input."""
     header, payload = unpack_request(sys.stdin.buffer.read())
+    put_off()
     run_child(header, payload, header["fds"])
 
 

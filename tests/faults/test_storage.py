@@ -6,10 +6,8 @@ import contextlib
 import os
 import resource
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +20,12 @@ from orchestrator.errors import StorageError
 from orchestrator.spec.messages import Death, Message, Outcome, Ready, Saved, SaveFailed
 from orchestrator.train import store
 from tests.control.conftest import is_gone, wait_until
+from tests.disks import disk, fill
 from tests.faults.training import Training
 
 # More than the model of the paced job needs, and less than the ballast.
 _BALLAST = 250_000
 _TMPFS_BYTES = 16 * 2**20
-
-
-@contextmanager
-def disk(folder: Path, num_bytes: int) -> Iterator[None]:
-    """Mount a disk of this size over a folder."""
-    size = f"size={num_bytes}"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("a tmpfs cannot be mounted here: not root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def fill(folder: Path) -> None:
-    """Fill a disk to the last byte."""
-    with (folder / "filling").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(2**16))
-        except OSError:
-            return
 
 
 def whole_steps(training: Training) -> list[int]:

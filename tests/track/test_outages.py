@@ -21,6 +21,7 @@ from orchestrator.errors import StorageError
 from orchestrator.runs_command import runs
 from orchestrator.track.journal import read
 from orchestrator.track.mlflow_projection import sync
+from tests.disks import disk, fill
 from tests.track import rig
 from tests.track.gate import State, gate_to
 from tests.track.paced import (
@@ -41,6 +42,8 @@ training = Paced(facts_of(Path(sys.argv[1]), sys.argv[2]))
 training.until(lambda: False, "its end")
 """
 ROOT = Path(__file__).parents[2]
+# A database with MLflow's tables takes one of them.
+_DISK_BYTES = 16 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,27 @@ def test_a_server_that_was_stopped_for_a_minute_has_every_point_once(
     report = training.end()
     assert report.missing == ""
     assert_nothing_lost_or_doubled(tmp_path, server.database)
+
+
+@pytest.mark.thorough
+def test_a_server_whose_disk_is_full_delays_points_and_no_step(tmp_path: Path) -> None:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with disk(folder, _DISK_BYTES):
+        made = rig.Server(folder)
+        made.start()
+        try:
+            training = begin(tmp_path, made)
+            fill(folder)
+            training.until_said("takes no records")
+            training.for_steps(300)
+            (folder / "filling").unlink()
+            training.until_said("takes records again")
+            report = training.end()
+            assert (report.missing, len(training.said)) == ("", 2)
+            assert_nothing_lost_or_doubled(tmp_path, made.database)
+        finally:
+            made.kill()
 
 
 @pytest.mark.thorough
