@@ -64,7 +64,7 @@ def run_pytest(folder: Path, last: str = "pass") -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
         cwd=folder,
-        env={**os.environ, "CI": ""},
+        env={**os.environ, "CI": "", "FAULTS": ""},
         capture_output=True,
         text=True,
         timeout=60,
