@@ -82,7 +82,7 @@ def convert(arguments: list[str], config_dir: Path | None, cwd: Path) -> None:
 def _run(order: str, code_dirs: list[str]) -> None:
     python_path = [str(PROJECT_DIR), *code_dirs, os.environ.get("PYTHONPATH", "")]
     child = subprocess.run(
-        [sys.executable, "-m", "orchestrator.train.convert", order],
+        [sys.executable, "-m", "orchestrator.train.later", "orchestrator.train.convert", order],
         env={
             **os.environ,
             **TENSORFLOW_ENV,

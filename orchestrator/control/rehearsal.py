@@ -34,7 +34,7 @@ class RehearsalProcess:
         """
         self._order = pickle.dumps((plan, with_model))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.train.rehearsal"],
+            [sys.executable, "-m", "orchestrator.train.later", "orchestrator.train.rehearsal"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -4,10 +4,13 @@ Where scikit-learn and matplotlib are installed, as they are beside MLflow, `imp
 them for `keras.wrappers` and `keras.visualization`: a third of the time that importing TensorFlow
 takes, at the start of every worker. With the finder of this module those packages are made without
 being run; whoever uses something of them runs them then, and finds what is always there.
+
+`python -m orchestrator.train.later MODULE ARGUMENT ...` runs a module that imports Keras so.
 """
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -62,3 +65,9 @@ def put_off() -> None:
     """Put them off in this process, where Keras is not imported yet."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+if __name__ == "__main__":
+    put_off()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
