@@ -129,8 +129,7 @@ def build_strategy(order: WorkerOrder, devices: list[str]) -> tf.distribute.Stra
     with _sigterm_kept():
         return tf.distribute.MultiWorkerMirroredStrategy(
             communication_options=tf.distribute.experimental.CommunicationOptions(
-                implementation=implementation.NCCL if on_gpu else implementation.RING,
-                bytes_per_pack=plan.config.strategy.bytes_per_pack or 0,
+                implementation=implementation.NCCL if on_gpu else implementation.RING
             )
         )
 

@@ -247,18 +247,25 @@ def local_replica(plan: RunPlan) -> int:
     return int(replica) % plan.devices_per_worker
 
 
-def summed_over_replicas(values: Sequence[Any]) -> list[Any]:
-    """Add up over all replicas, with one collective for each dtype; call in replica context.
+def summed_over_replicas(values: Sequence[Any], bytes_per_pack: int | None) -> list[Any]:
+    """Add up over all replicas; call in replica context.
 
     TensorFlow puts a list into one collective by concatenating it, which values of two dtypes do
     not survive under MultiWorkerMirroredStrategy (2.21, cross_device_utils.py:batch_all_reduce).
+
+    Args:
+        values: dense.
+        bytes_per_pack: of what travels in one collective; None for one for each dtype.
     """
     context = tf.distribute.get_replica_context()
+    # Here, as packs of the strategy's own options are not made in a replica (TensorFlow 2.21,
+    # collective_all_reduce_strategy.py:_replica_ctx_all_reduce).
+    options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=bytes_per_pack or 0)
     summed: dict[int, Any] = {}
     for dtype in dict.fromkeys(value.dtype for value in values):
         places = [place for place, value in enumerate(values) if value.dtype == dtype]
         alike = [values[place] for place in places]
-        total = context.all_reduce(tf.distribute.ReduceOp.SUM, alike)
+        total = context.all_reduce(tf.distribute.ReduceOp.SUM, alike, options)
         summed.update(zip(places, total, strict=True))
     return [summed[place] for place in range(len(values))]
 

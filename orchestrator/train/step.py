@@ -279,7 +279,8 @@ class TrainStep:
         if num_replicas > 1:
             are_reduced += [False] * (len(values) - len(gradients))
             open_values = [v for v, done in zip(values, are_reduced, strict=True) if not done]
-            summed = iter(summed_over_replicas(open_values))
+            packed = self._plan.config.strategy.bytes_per_pack
+            summed = iter(summed_over_replicas(open_values, packed))
             values = [
                 v if done else next(summed) for v, done in zip(values, are_reduced, strict=True)
             ]

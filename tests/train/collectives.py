@@ -42,6 +42,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "two dtypes": (TwoTypes, {}),
     "large table": (freedom.Tables, {}),
     "synchronised BatchNorm": (lambda: freedom.Normalised(synchronised=True), {}),
+    # Kernels of 512 and 192 bytes, biases of 64 and 12: the sums travel with the first pack.
+    "packs of 256 bytes": (Tiny, {"strategy__bytes_per_pack": 256}),
 }
 
 

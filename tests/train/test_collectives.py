@@ -47,4 +47,5 @@ def test_a_step_of_two_workers_makes_one_collective_for_each_dtype() -> None:
         "large table": {"CollectiveReduceV2": 1, "CollectiveGatherV2": 4},
         # Sum, sum of squares and count; the gradients of the former two.
         "synchronised BatchNorm": {"CollectiveReduceV2": 1 + 5},
+        "packs of 256 bytes": {"CollectiveReduceV2": 2},
     }
