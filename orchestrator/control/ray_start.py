@@ -40,7 +40,7 @@ def start_local(num_cpus: int, num_gpus: int) -> Reaper:
         for changed in (
             signal_handlers_kept,
             _without_services,
-            _any_agent_port,
+            _smallest_agent,
             _short_looks,
         ):
             stack.enter_context(changed())
@@ -79,27 +79,27 @@ def _without_services() -> Iterator[None]:
 
 
 @contextmanager
-def _any_agent_port() -> Iterator[None]:
-    """Let the node's agent listen on any free port.
+def _smallest_agent() -> Iterator[None]:
+    """Start the node's agent as where Ray is installed without its dashboard.
 
-    Ray 2.60 gives it port 52365 on every node and `ray.init` has no argument for it
-    (`_private/parameter.py`); another Ray that starts on this host at the same time would find it
-    taken, and then takes no jobs. Another version of Ray, without these names, starts as it does.
+    Otherwise it takes 2.5 s of CPU time just when TensorFlow is imported, `ray.init` another second
+    to see whether it could, and it listens on a port: 52365, which another Ray that starts on this
+    host at the same time would find taken. `ray.init` of Ray 2.60 has no argument for it
+    (`_private/services.py`). Another Ray, without this name, starts as it does.
     """
-    from ray._private.node import Node
+    from ray._private import utils
 
-    begin = Node.__init__
-
-    def begin_on_any_port(self: Any, ray_params: Any, *args: Any, **kwargs: Any) -> None:
-        if hasattr(ray_params, "dashboard_agent_listen_port"):
-            ray_params.dashboard_agent_listen_port = 0
-        begin(self, ray_params, *args, **kwargs)
-
-    Node.__init__ = begin_on_any_port
+    ask = getattr(utils, "get_dashboard_dependency_error", None)
+    if ask is None:
+        yield
+        return
+    utils.get_dashboard_dependency_error = lambda: ImportError(
+        "a Ray for one run has no use for it"
+    )
     try:
         yield
     finally:
-        Node.__init__ = begin
+        utils.get_dashboard_dependency_error = ask
 
 
 @contextmanager
