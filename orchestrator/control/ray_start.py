@@ -82,10 +82,10 @@ def _without_services() -> Iterator[None]:
 def _smallest_agent() -> Iterator[None]:
     """Start the node's agent as where Ray is installed without its dashboard.
 
-    Otherwise it takes 2.5 s of CPU time just when TensorFlow is imported, `ray.init` another second
-    to see whether it could, and it listens on a port: 52365, which another Ray that starts on this
-    host at the same time would find taken. `ray.init` of Ray 2.60 has no argument for it
-    (`_private/services.py`). Another Ray, without this name, starts as it does.
+    Otherwise `ray.init` imports all that the dashboard needs, to see whether it is there: a second,
+    just when TensorFlow is imported. And the agent listens on port 52365, which another Ray that
+    starts on this host at the same time would find taken. `ray.init` of Ray 2.60 has no argument
+    for it (`_private/services.py`). Another Ray, without this name, starts as it does.
     """
     from ray._private import utils
 

@@ -154,8 +154,8 @@ def test_an_interface_without_runs_says_so(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_answer_costs_no_training(tmp_path: Path) -> None:
-    down = ("tracking.uri=http://127.0.0.1:9", "tracking.timeout_s=1", "export.enabled=false")
-    down = (*down, "cluster=inline")
+    gone = ("tracking.uri=http://127.0.0.1:9", "tracking.timeout_s=1")
+    down = (*gone, "export.enabled=false", "cluster=inline")
     ended = rig.train(*down, cwd=tmp_path)
     assert ended.code == 0, ended.out
     assert "takes no records" in ended.out

@@ -42,7 +42,7 @@ training = Paced(facts_of(Path(sys.argv[1]), sys.argv[2]))
 training.until(lambda: False, "its end")
 """
 ROOT = Path(__file__).parents[2]
-# A database with MLflow's tables takes one of them.
+# Room for a database with MLflow's tables and many points.
 _DISK_BYTES = 16 * 2**20
 
 
