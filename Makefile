@@ -74,8 +74,8 @@ runs: .venv/.stamp-$(device) ## Look at runs and stop them: args="status mnist/R
 
 # These keep a processor busy while those of tests/cluster wait for processes, about as long.
 beside := train verify jobs spec track
-# These take the time; test_hosts.py, which mostly waits, allows for a busy machine.
-alone := $(filter-out %/test_hosts.py,$(wildcard tests/faults/test_*.py))
+# These take the time.
+alone := $(patsubst %,tests/faults/test_%.py,detection kills leaving start_and_memory storage)
 everything := --ignore=tests/gpu -p tests.beside $(beside:%=--beside=tests/%) $(alone:%=--alone=%)
 
 test: lint types ## Lint, types, all tests but tests/gpu (args= names others)

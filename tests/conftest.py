@@ -77,15 +77,21 @@ def unexpected_skips() -> list[tuple[str, str]]:
 
 
 def session_processes() -> list[psutil.Process]:
-    """Return the live processes that this test session started, directly or not."""
+    """Return the live processes that this test session started, directly or not.
+
+    Those of a session that runs beside it are that one's.
+    """
     own = psutil.Process()
     found = {process.pid: process for process in own.children(recursive=True)}
     for process in psutil.process_iter():
         try:
-            if process.environ().get(SESSION_VARIABLE) == _session_id:
-                found[process.pid] = process
+            session = process.environ().get(SESSION_VARIABLE)
         except psutil.Error:
             continue  # gone, a zombie, or not ours to read
+        if session == _session_id:
+            found[process.pid] = process
+        elif session is not None:
+            found.pop(process.pid, None)
     found.pop(own.pid, None)
     return [process for process in found.values() if not _is_harmless(process)]
 

@@ -18,6 +18,7 @@ import pytest
 from orchestrator.spec.messages import DRIVER_KILLED
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import read
+from tests.databases import with_tables
 from tests.track import rig
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ root, uri, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 lease = Lease(RunPaths(root))
 print("holds", flush=True)
 from orchestrator.track.record import Record
+from tests.databases import with_tables
 from tests.track import rig
 facts = rig.make_facts(root, uri, timeout_s=5.0)
 with guarded(RunPaths(root), uri, facts.artifact_root) as guard:
@@ -61,7 +63,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    return rig.sqlite_uri(with_tables(tmp_path / "mlflow.db").parent)
 
 
 def start_driver(root: Path, uri: str, how: str = "tracked") -> subprocess.Popen[str]:

@@ -26,6 +26,8 @@ def open_client(uri: str, timeout_s: float) -> Any:
     # SQLite's migrations and the client's hints would land on the user's terminal.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs what a database refuses with its traceback, and raises it: who asked tells it.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     # Registering a model asks the global address, not the client's: without this it would make a
     # database in the working folder (mlflow 3.17, store/artifact/models_artifact_repo.py).
     mlflow.set_tracking_uri(uri)

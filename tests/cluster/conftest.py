@@ -19,7 +19,8 @@ import mlflow
 import numpy as np
 import pytest
 
-from tests.cluster.rig import ROOT, Ended, train, wait_for
+from tests.cluster.rig import JOB, ROOT, Ended, finish, start, wait_for
+from tests.databases import with_tables
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +28,23 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """A finished run on one device with a registered model; nobody changes its folder."""
     registered = ("export.register=blobs", "export.alias=champion")
     sampled = "tracking.system_metrics_every_s=0.5"  # it ends soon
-    return train(*registered, sampled, cwd=tmp_path_factory.mktemp("one-device"))
+    folder = tmp_path_factory.mktemp("one-device")
+    return finish(start("train", *JOB, *registered, sampled, cwd=folder, is_first=True), folder)
+
+
+@pytest.fixture(scope="session")
+def kept_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of commands that begin with what `up` keeps.
+
+    For runs whose own start is not what a test is about: it takes ten seconds of a processor.
+    """
+    folder = tmp_path_factory.mktemp("kept")
+    env = {"XDG_RUNTIME_DIR": str(folder)}
+    ended = finish(start("up", cwd=folder, env=env), folder)
+    assert ended.code == 0, ended.out
+    yield env
+    ended = finish(start("down", cwd=folder, env=env), folder)
+    assert ended.code == 0, ended.out
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +146,7 @@ def is_open(port: int) -> bool:
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real MLflow server."""
     folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    with_tables(folder / "mlflow.db")
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}"),

@@ -17,6 +17,7 @@ import numpy as np
 
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import read
+from tests.databases import with_tables
 
 ROOT = Path(__file__).parents[2]
 MINE = Path(__file__).parent / "mine"
@@ -45,9 +46,19 @@ def runs_in(folder: Path) -> list[RunPaths]:
 
 
 def start(
-    verb: str, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+    verb: str,
+    *arguments: str,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    is_first: bool = False,
 ) -> subprocess.Popen[str]:
-    """Start a command; its standard error comes with its output."""
+    """Start a command; its standard error comes with its output.
+
+    The first command of a folder makes MLflow's tables; `is_first` leaves that to it.
+    """
+    database = cwd / "runs" / "mlflow.db"
+    if verb in ("train", "sweep") and not is_first and not database.exists():
+        with_tables(database)
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator", verb, *arguments],

@@ -65,16 +65,18 @@ def test_the_worker_says_in_its_log_what_it_was_given(one_device: Ended) -> None
     [
         ("strategy=mirrored", "strategy.devices_per_worker=2"),
         ("strategy=multi_worker", "strategy.num_workers=2"),
-        ("cluster.fork=false",),
     ],
-    ids=["mirrored", "multi_worker", "fresh-process"],
+    ids=["mirrored", "multi_worker"],
 )
 def test_a_word_changes_where_it_runs_and_not_what_it_computes(
-    one_device: Ended, tmp_path: Path, overrides: tuple[str, ...]
+    one_device: Ended, tmp_path: Path, kept_ray: dict[str, str], overrides: tuple[str, ...]
 ) -> None:
     # Dropout draws one mask a replica, so it is equal for equal numbers of replicas only.
-    replicas = 1 if "strategy" not in overrides[0] else 2
-    computes_the_same(train(*overrides, cwd=tmp_path), one_device, 1e-6 if replicas == 1 else 0.2)
+    computes_the_same(train(*overrides, cwd=tmp_path, env=kept_ray), one_device, 0.2)
+
+
+def test_a_process_made_afresh_computes_the_same(one_device: Ended, tmp_path: Path) -> None:
+    computes_the_same(train("cluster.fork=false", cwd=tmp_path), one_device, 1e-6)
 
 
 def computes_the_same(ended: Ended, one_device: Ended, tolerance: float) -> None:
@@ -103,7 +105,9 @@ def test_inline_output_has_no_chatter_either(inline: Ended) -> None:
         assert chatter not in inline.out
 
 
-def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(
+    tmp_path: Path, kept_ray: dict[str, str]
+) -> None:
     slow = (*SLOW, "export.enabled=false")
     process = rig.start("train", *rig.JOB, *slow, "run_name=stopped", cwd=tmp_path)
     run = rig.wait_for_step(tmp_path, 20)
@@ -119,10 +123,10 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_run_that_was_stopped(tmp_path: 
     rig.wait_until_known_as(tmp_path, "KILLED")
 
     # The run keeps its own overrides: 160 steps, in blocks of 4.
-    resumed = train("resume=latest", cwd=tmp_path)
+    resumed = train("resume=latest", cwd=tmp_path, env=kept_ray)
     assert resumed.code == 0, resumed.out
     assert rig.statuses(tmp_path) == ["FINISHED"]
-    whole = train(*slow, "job.args.delay_ms=0", "cluster=inline", cwd=tmp_path)
+    whole = train(*slow, "job.args.delay_ms=0", cwd=tmp_path, env=kept_ray)
     np.testing.assert_allclose(rig.losses(run), rig.losses(whole.run), rtol=1e-6)
     assert sum(rig.ledger(run, attempt) for attempt in (1, 2)) % 2**64 == rig.ledger(whole.run)
 
@@ -139,8 +143,10 @@ def test_ctrl_c_saves_when_the_worker_has_the_main_thread(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.thorough)]
 )
-def test_other_signals_save_too(tmp_path: Path, number: signal.Signals) -> None:
-    process = rig.start("train", *rig.JOB, *SLOW, cwd=tmp_path)
+def test_other_signals_save_too(
+    tmp_path: Path, kept_ray: dict[str, str], number: signal.Signals
+) -> None:
+    process = rig.start("train", *rig.JOB, *SLOW, cwd=tmp_path, env=kept_ray)
     run = rig.wait_for_step(tmp_path, 8)
     rig.interrupt(process, number)
     ended = rig.finish(process, tmp_path)
@@ -212,9 +218,9 @@ def test_two_runs_started_at_once_have_a_folder_and_a_record_each(tmp_path: Path
     assert rig.statuses(tmp_path) == ["FINISHED", "FINISHED"]
 
 
-def test_the_users_own_line_comes_first_and_once(tmp_path: Path) -> None:
+def test_the_users_own_line_comes_first_and_once(tmp_path: Path, kept_ray: dict[str, str]) -> None:
     two = ("strategy=multi_worker", "strategy.num_workers=2")
-    ended = train("job.args.fail=trace", *two, cwd=tmp_path)
+    ended = train("job.args.fail=trace", *two, cwd=tmp_path, env=kept_ray)
     assert ended.code == 3, ended.out
     # A line when it happens, then the story: the user's line, the error, the end of the log.
     assert ended.out.count("ValueError: the user's own words") == 3

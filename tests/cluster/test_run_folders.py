@@ -73,11 +73,11 @@ def test_a_read_only_run_is_refused(copied: RunPaths) -> None:
 
 
 def test_a_journal_that_cannot_be_written_is_borne_then_the_run_saves_and_ends(
-    tmp_path: Path,
+    tmp_path: Path, kept_ray: dict[str, str]
 ) -> None:
     limits = ("train.steps=4000", "tracking.journal_patience_s=1.5", "checkpoint.every_s=null")
     slow = ("job.args.delay_ms=20", "train.block_s=0.1", "export.enabled=false")
-    process = rig.start("train", *JOB, *limits, *slow, cwd=tmp_path)
+    process = rig.start("train", *JOB, *limits, *slow, cwd=tmp_path, env=kept_ray)
     run = rig.wait_for_step(tmp_path, 10)
     # The kernel refuses the driver, and nobody else, to make any file larger.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))

@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import Journal
+from tests.databases import with_tables
 
 START = 1_700_000_000.0
 _SERVER_PATIENCE_S = 120.0
@@ -133,6 +134,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> None:
+        if not self.database.exists():
+            with_tables(self.database)
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.database}"]

@@ -26,11 +26,6 @@ TRIGGER = "create trigger no_{table}_{verb} before {verb} on {table} begin selec
 FAILS = "hex(zeroblob(3000000000))"
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    return tmp_path / "mlflow.db"
-
-
 def project(facts: RunFacts, *records: Mapping[str, Any], status: str = "KILLED") -> Report:
     """Train as far as the record is concerned: journal what is told, and project it."""
     journal = Journal(Path(facts.root) / "journal.jsonl")

@@ -13,8 +13,8 @@ from tests.track import rig
 
 
 @pytest.fixture
-def uri(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/mlflow.db"
+def uri(database: Path) -> str:
+    return rig.sqlite_uri(database.parent)
 
 
 def ending(loss: float, time_ms: int = 1_000) -> Ending:

@@ -9,9 +9,6 @@ from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import pytest
-
-from orchestrator.track.mlflow_client import open_client
 from orchestrator.track.mlflow_reach import obstacle
 
 TIMEOUT_S = 2.0
@@ -35,22 +32,6 @@ def server(code: int) -> Iterator[str]:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{found.server_port}"
         found.shutdown()
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database as MLflow makes it."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    open_client(f"sqlite:///{path}", TIMEOUT_S)
-    return path
-
-
-@pytest.fixture
-def database(made: Path, tmp_path: Path) -> Path:
-    """A copy of it that may be changed."""
-    path = tmp_path / "mlflow.db"
-    path.write_bytes(made.read_bytes())
-    return path
 
 
 def set_version(path: Path, revision: str) -> None:

@@ -221,7 +221,7 @@ def test_slices_large_and_small_and_an_overflow_on_one_replica(tmp_path: Path, h
     single = make_rig(tmp_path, freedom.Tables(), **changes).run(3)
     # The last example of step 2 belongs to the last replica and its second micro-batch.
     victim = float(rows_of(single, 1)["z"][-1])
-    for replicas in (1, 2, 3):
+    for replicas in (1, 3):
         job = freedom.Tables()
         rig = make_rig(tmp_path, job, replicas=replicas, **changes).run(3)
         assert job.kinds == [tf.IndexedSlices, tf.IndexedSlices]

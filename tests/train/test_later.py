@@ -37,16 +37,21 @@ def test_neither_of_them_is_imported_before_it_is_used() -> None:
     assert run(PUT_OFF) == ""
 
 
+USES = (
+    "found = keras.wrappers.SKLearnClassifier",
+    "from keras.visualization import plot_image_gallery as found",
+)
+OTHER_USES = (
+    "from keras.wrappers import SKLearnClassifier as found",
+    "import keras.wrappers; found = keras.wrappers.SKLearnClassifier",
+    "found = tf.keras.visualization.plot_image_gallery",
+    "from keras.src.wrappers.sklearn_wrapper import SKLearnClassifier as found",
+)
+
+
 @pytest.mark.parametrize(
     "use",
-    [
-        "from keras.wrappers import SKLearnClassifier as found",
-        "found = keras.wrappers.SKLearnClassifier",
-        "import keras.wrappers; found = keras.wrappers.SKLearnClassifier",
-        "from keras.visualization import plot_image_gallery as found",
-        "found = tf.keras.visualization.plot_image_gallery",
-        "from keras.src.wrappers.sklearn_wrapper import SKLearnClassifier as found",
-    ],
+    [*USES, *(pytest.param(use, marks=pytest.mark.thorough) for use in OTHER_USES)],
 )
 def test_whoever_uses_them_finds_them(use: str) -> None:
     then = f"{use}\nassert callable(found) and found.__module__.startswith('keras.src')"

@@ -101,7 +101,7 @@ def test_two_optimizers_and_gradients_of_the_job_are_proven(run: Verify) -> None
 def test_a_planted_fault_is_found_with_its_step_and_a_variable(
     run: Verify, fault: str, cut: str, step: int, what: str
 ) -> None:
-    said = run("small", f"job.args.fault={fault}", f"verify.variants=[{cut}]")
+    said = run("small", f"job.args.fault={fault}", f"verify.variants=[{cut}]", "verify.steps=20")
     assert said.code is ExitCode.DIFFERENCE, said.out
     assert f"first at step {step}: {what}" in said.out
     assert re.search(r"after step 1 the variable model/\d:\S+/(kernel|bias) is \S+ off", said.out)
