@@ -33,6 +33,7 @@ def ask_to_stop(paths: RunPaths, *, at_once: bool) -> None:
     aside = paths.stop_request.with_suffix(f".{os.getpid()}")
     try:
         aside.write_text(json.dumps(request))
+        aside.chmod(0o644)  # the driver may be another user's, whatever the umask here
         aside.replace(paths.stop_request)
     except OSError as error:
         aside.unlink(missing_ok=True)
@@ -79,11 +80,17 @@ def _take(paths: RunPaths) -> dict[str, Any] | None:
     """Return what is asked for and remove it, so that whoever asks sees that it was heard."""
     try:
         text = paths.stop_request.read_text()
-        paths.stop_request.unlink()
-        request = json.loads(text)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
-    return request if isinstance(request, dict) else None
+    except OSError:
+        text = ""  # by somebody whose files we may not read
+    with suppress(OSError):
+        paths.stop_request.unlink()
+    try:
+        request = json.loads(text)
+    except ValueError:
+        request = {}
+    return request if isinstance(request, dict) else {}
 
 
 def _user() -> str:

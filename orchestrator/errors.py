@@ -63,6 +63,12 @@ def _began_with_interruption(error: BaseException) -> bool:
     return False
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says first."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class OrchestratorError(Exception):
     """An error with a message for the user; shown without a traceback.
 

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,8 @@ from orchestrator.errors import StorageError
 from orchestrator.spec.paths import RunPaths
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# Containers may share a host's name and have process numbers of their own.
+_PROCESS_NUMBERS = Path("/proc/self/ns/pid")
 # A guardian holds the lease of a killed driver while it writes down how the run ended.
 _GUARDIAN_S = 20.0
 _LOOK_INTERVAL_S = 0.1
@@ -63,10 +66,10 @@ class Lease:
         self._write(
             {
                 "root": root,
-                "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "boot_id": _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
+                "started": _started(os.getpid()),
                 "since": time.time(),
+                **_here(),
             }
         )
 
@@ -140,8 +143,7 @@ def holder_of(paths: RunPaths) -> Holder | None:
         return None
     if _is_dead(holder):
         return None  # its guardian ends the record
-    is_here = holder.get("host") == socket.gethostname()
-    return Holder(_words(holder), int(str(holder["pid"])) if is_here else None)
+    return Holder(_words(holder), int(str(holder["pid"])) if _is_here(holder) else None)
 
 
 def _read(file: IO[str]) -> dict[str, object]:
@@ -168,9 +170,32 @@ def _is_dead(holder: dict[str, object]) -> bool:
     """Tell whether a holder is known to be gone; not to be seen from another host."""
     if not holder:
         return True  # it was given back: whoever has the lock is its guardian, for a moment
-    if holder.get("host") != socket.gethostname():
+    if not _is_here(holder):
         return False
-    return not Path(f"/proc/{holder.get('pid')}").exists()
+    started = _started(holder.get("pid"))
+    # Another process may have its number by now.
+    return not started or holder.get("started", started) != started
+
+
+def _here() -> dict[str, str]:
+    """Return what tells apart where processes have their numbers."""
+    with suppress(OSError):
+        numbers, boot = os.readlink(_PROCESS_NUMBERS), _BOOT_ID.read_text().strip()
+        return {"host": socket.gethostname(), "boot_id": boot, "process_numbers": numbers}
+    return {"host": socket.gethostname()}
+
+
+def _is_here(holder: dict[str, object]) -> bool:
+    """Tell whether a holder's process number means something to this process."""
+    return all(holder.get(name, value) == value for name, value in _here().items())
+
+
+def _started(pid: object) -> str:
+    """Return when a process was started, in ticks since its host was; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def _words(holder: dict[str, object]) -> str:

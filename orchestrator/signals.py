@@ -20,6 +20,29 @@ _ECHO_S = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Echoes:
+    """Tells a signal from the one before it once more.
+
+    Who gets it with a whole process group gets it again from `make` or `timeout`, who pass on what
+    they get. Ctrl-C is not passed on.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """Begin before any signal.
+
+        Args:
+            clock: seconds from any origin.
+        """
+        self._clock = clock
+        self._came_at: dict[int, float] = {}
+
+    def has(self, number: int) -> bool:
+        """Tell of a signal that has just come whether it is an echo."""
+        now, before = self._clock(), self._came_at.get(number)
+        self._came_at[number] = now
+        return number != signal.SIGINT and before is not None and now - before < _ECHO_S
+
+
 class Stops:
     """Turns signals and the end of the time into a stop; a second signal into the end.
 
@@ -43,8 +66,7 @@ class Stops:
             end: ends the process with an exit code when a second signal has found no end in time.
             clock: seconds from any origin.
         """
-        self._clock = clock
-        self._came_at: dict[int, float] = {}
+        self._echoes = Echoes(clock)
         self.is_hurried = False
         self._end = end
         self._signals: list[int] = []
@@ -108,18 +130,8 @@ class Stops:
         is_terminated = self._signals[-1] == signal.SIGTERM
         return ExitCode.TERMINATED if is_terminated else ExitCode.INTERRUPTED
 
-    def _is_echo(self, number: int) -> bool:
-        """Tell whether a signal is the one before it once more.
-
-        Who gets it with a whole process group gets it again from `make` or `timeout`, who pass on
-        what they get. Ctrl-C is not passed on.
-        """
-        now, before = self._clock(), self._came_at.get(number)
-        self._came_at[number] = now
-        return number != signal.SIGINT and before is not None and now - before < _ECHO_S
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._is_echo(number) and not self._asked:
+        if self._echoes.has(number) and not self._asked:
             return
         was_asked, at_once = self.is_asked, False
         if number == signal.SIGALRM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -264,7 +265,8 @@ def _goodput(goodput: Goodput) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    return RunPaths(folder).journal.is_file() or RunPaths(folder).lease.is_file()
+    # False, too, where it is another user's and not to be entered.
+    return os.path.isfile(RunPaths(folder).journal) or os.path.isfile(RunPaths(folder).lease)
 
 
 def _clock(unix_time: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import suppress
 
 from orchestrator.asking import ask_to_stop, was_heard, withdraw
 from orchestrator.errors import ClusterError, ExitCode
@@ -86,7 +85,14 @@ def _end_deaf_driver(paths: RunPaths, holder: Holder, *, force: bool) -> None:
             f"{holder.words} does not answer, and only its own host can kill it: say it there, or "
             "kill that process; its workers end by themselves"
         )
-    with suppress(ProcessLookupError):
+    try:
         os.kill(holder.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it has just ended
+    except PermissionError as error:
+        raise ClusterError(
+            f"{holder.words} does not answer, and is another user's: only who trains can kill it; "
+            "its workers end by themselves"
+        ) from error
     print(f"it did not answer: killed {holder.words}")
     _wait_for_end(paths, time.monotonic() + _FORCED_END_S)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.asking import ask_to_stop, was_heard
+from orchestrator.asking import ask_to_stop, listening, was_heard
 from orchestrator.errors import ClusterError, ExitCode
 from orchestrator.lease import holder_of
+from orchestrator.signals import Stops
 from orchestrator.spec.paths import RunPaths
 from orchestrator.stopping import stop
 from tests.cluster.rig import wait_for
@@ -122,6 +123,28 @@ def test_a_driver_that_does_not_answer_is_named_and_killed_by_force(
         stop(paths, force=True, address=None)
         assert process.wait(5) == -signal.SIGKILL
     assert f"killed process {process.pid}" in capsys.readouterr().out
+
+
+def test_a_driver_of_another_user_hears_whatever_the_umask_of_who_asks(open_folder: Path) -> None:
+    me, root = os.geteuid(), os.getuid()
+    paths = RunPaths(open_folder)
+    stops = Stops(end=lambda code: None)
+    said: list[str] = []
+    os.seteuid(root)
+    umask = os.umask(0o077)
+    try:
+        ask_to_stop(paths, at_once=False)
+        assert paths.stop_request.stat().st_mode & 0o777 == 0o644
+        paths.stop_request.chmod(0o600)  # as who asks by hand may leave it
+    finally:
+        os.umask(umask)
+        os.seteuid(me)
+    with stops:
+        stops.hand_over(lambda reason: not said.append(reason))
+        with listening(paths, stops):
+            wait_for(lambda: said, "the driver to hear it")
+    assert was_heard(paths)
+    assert said == ["runs stop by somebody" if me else f"runs stop by {said[0][13:]}"]
 
 
 def test_what_an_earlier_driver_was_asked_for_is_not_heard_by_the_next(paths: RunPaths) -> None:

@@ -34,6 +34,7 @@ ALLOWED = {
         "orchestrator.errors",
         "orchestrator.log",
         "orchestrator.reaper",
+        "orchestrator.signals",
     ),
     "train": ("orchestrator.train", "orchestrator.spec", "orchestrator.errors", "orchestrator.log"),
     "track": (
@@ -45,7 +46,7 @@ ALLOWED = {
     ),
 }
 # Folders import these, so they must drag nothing in.
-FOUNDATIONS = ("orchestrator/errors.py", "orchestrator/log.py", "orchestrator/reaper.py")
+FOUNDATIONS = tuple(f"orchestrator/{name}.py" for name in ("errors", "log", "reaper", "signals"))
 # Checkpoint folders are verified and pruned by processes that never import TensorFlow.
 WITHOUT_TENSORFLOW = ("orchestrator/train/store.py",)
 JOBS_MAY_IMPORT = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.lease import Lease
+from orchestrator.lease import Lease, holder_of
 from orchestrator.spec.paths import RunPaths
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +37,9 @@ sys.stdin.read()
 
 
 @contextmanager
-def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def held_elsewhere(folder: Path, *inside: str) -> Iterator[subprocess.Popen[str]]:
     """Let another process hold the lease of a run folder."""
-    command = [sys.executable, "-c", HOLD, str(folder)]
+    command = [*inside, sys.executable, "-c", HOLD, str(folder)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
@@ -104,6 +105,31 @@ def test_the_lease_that_a_copied_folder_brings_along_is_nobodys(tmp_path: Path) 
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
         lease = Lease(RunPaths(tmp_path / "copy"))
     assert lease.notice == ""
+    lease.release()
+
+
+def test_a_holder_with_process_numbers_of_its_own_is_alive_and_not_to_be_killed_from_here(
+    tmp_path: Path,
+) -> None:
+    inside = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no process numbers can be set apart here: not root")
+    with held_elsewhere(tmp_path, *inside):
+        holder = holder_of(RunPaths(tmp_path))
+        assert holder is not None and holder.pid is None
+        assert "process 1 on " in holder.words
+        with pytest.raises(StorageError, match="is held by process 1 on "):
+            Lease(RunPaths(tmp_path))
+
+
+def test_a_holder_whose_number_another_process_has_by_now_is_gone(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    lease = Lease(paths)
+    found = holder_of(paths)
+    assert found is not None and found.pid == os.getpid()
+    # Its guardian has the lock, for a moment.
+    paths.lease.write_text(json.dumps({**json.loads(paths.lease.read_text()), "started": "1"}))
+    assert holder_of(paths) is None
     lease.release()
 
 

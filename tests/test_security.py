@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +20,16 @@ from pathlib import Path
 import pytest
 
 from orchestrator.__main__ import main
-from orchestrator.control.authentication import refuse_open_cluster, refuse_open_token
+from orchestrator.control.authentication import (
+    proxy_for,
+    refuse_open_cluster,
+    refuse_open_token,
+    token_file,
+)
+from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.upload import contents, importable, stage
 from orchestrator.errors import ClusterError, ConfigError
+from orchestrator.spec.schema import ClusterName
 from orchestrator.spec.validate import validate
 from orchestrator.train import store
 from tests.plans import tiny_config
@@ -140,6 +148,31 @@ def dashboard(code: int) -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+def test_a_tunnel_to_the_head_is_not_asked_through_a_proxy_which_would_see_the_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")  # and put back at the end
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret words")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it would keep the proxies of before
+    with dashboard(403) as proxy, dashboard(200) as tunnel:
+        monkeypatch.setenv("http_proxy", proxy)
+        assert proxy_for(tunnel) == proxy
+        apply_ray_settings(ClusterName.existing)
+        assert proxy_for(tunnel) is None
+        assert proxy_for("http://head:8265") == proxy
+        with pytest.raises(ClusterError, match="asks nobody for a token"):
+            refuse_open_cluster(tunnel)
+
+
+def test_a_home_that_is_not_to_be_entered_has_no_token(open_folder: Path) -> None:
+    home = open_folder / "home"
+    home.mkdir(mode=0)
+    environment = {"HOME": str(home)}
+    assert token_file(environment) is None
+    refuse_open_token(environment | {"RAY_AUTH_TOKEN_PATH": str(home / "token")})
 
 
 @pytest.mark.parametrize("code", [401, 403])

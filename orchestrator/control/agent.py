@@ -57,7 +57,7 @@ class Agent:
 
         Args:
             worker: index in TF_CONFIG.
-            run: name of the run; agents of a run on a node share a zygote.
+            run: folder of the run; agents of a run on a node share a zygote.
             zygote: socket of a zygote that exists already, or None to find or start one.
             use_fork: False starts every process afresh.
             driver_silence_s: the process is killed when the driver has not asked for so long.

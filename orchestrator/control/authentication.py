@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ def refuse_open_token(environment: Mapping[str, str]) -> None:
         ConfigError: they can.
     """
     path = token_file(environment)
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):
         return
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
@@ -41,7 +43,15 @@ def token_file(environment: Mapping[str, str]) -> Path | None:
         return Path(path)
     home = environment.get("HOME")
     usual = Path(home) / _TOKEN_FILE if home else None
-    return usual if usual is not None and usual.is_file() else None
+    # Also where it lies in a HOME of somebody else.
+    return usual if usual is not None and os.path.isfile(usual) else None
+
+
+def proxy_for(address: str) -> str | None:
+    """Return the proxy that the environment names for an http address; None if it is for others."""
+    url = urllib.parse.urlsplit(address)
+    proxy = urllib.request.getproxies().get(url.scheme)
+    return proxy if proxy and not urllib.request.proxy_bypass(url.netloc) else None
 
 
 def refuse_open_cluster(address: str) -> None:

@@ -124,7 +124,8 @@ class InlineGroup:
         """Check the export in a process of its own, started afresh."""
         assert self._plan is not None
         paths = self._plan.paths
-        agent = Agent(0, self._plan.run, zygote=None, use_fork=False, driver_silence_s=math.inf)
+        run = str(paths.root)
+        agent = Agent(0, run, zygote=None, use_fork=False, driver_silence_s=math.inf)
         agent.prove_export(str(paths.export_dir), str(paths.logs_dir / "export-proof.log"))
 
     def kill(self) -> None:

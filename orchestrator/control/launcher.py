@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -25,6 +27,9 @@ from orchestrator.spec.paths import PROJECT_DIR
 
 _ZYGOTE = "orchestrator.train.zygote"
 _DIAL_TIMEOUT_S = 10.0
+_DIGEST = 16
+# A Unix socket's name has 107 bytes.
+_LONGEST_FOLDER = 107 - len(f"/orch-{2**32 - 1}-") - _DIGEST - len("/zygote")
 TENSORFLOW_ENV = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "1",
@@ -139,7 +144,7 @@ class Zygote:
 
 def start_zygote(idle_s: float = 3600.0) -> Zygote:
     """Start a zygote in the background; it can be asked for children at once."""
-    directory = Path(tempfile.mkdtemp(prefix="orch-"))  # mode 0700; short for a Unix socket
+    directory = Path(tempfile.mkdtemp(prefix="orch-", dir=_short_folder()))  # mode 0700
     socket_path = directory / "zygote"
     read_end, write_end = os.pipe()
     command = _zygote_command(socket_path, idle_s)
@@ -160,8 +165,13 @@ def node_zygote(run: str, idle_s: float = 30.0) -> Path:
     """Return the socket of this node's zygote for a run, started if there is none.
 
     All agents of a run on a node share it. It belongs to no agent and ends when it was idle.
+
+    Args:
+        run: what tells the run from all others, such as its folder.
+        idle_s: how long it waits for somebody to ask.
     """
-    directory = Path(tempfile.gettempdir()) / f"orch-{os.getuid()}-{run}"
+    digest = hashlib.sha256(run.encode()).hexdigest()[:_DIGEST]
+    directory = _short_folder() / f"orch-{os.getuid()}-{digest}"
     directory.mkdir(mode=0o700, exist_ok=True)
     if directory.stat().st_uid != os.getuid() or directory.stat().st_mode & 0o077:
         raise StartFailed(f"{directory} belongs to somebody else or is open to others; remove it")
@@ -171,7 +181,7 @@ def node_zygote(run: str, idle_s: float = 30.0) -> Path:
         if not _answers(socket_path):
             socket_path.unlink(missing_ok=True)
             # A shell in between: the zygote must not be the child of an agent that Ray ends.
-            command = " ".join(f"'{part}'" for part in _zygote_command(socket_path, idle_s))
+            command = shlex.join(_zygote_command(socket_path, idle_s))
             subprocess.run(
                 ["/bin/sh", "-c", f"{command} >/dev/null 2>&1 </dev/null &"],
                 env=_zygote_env(),
@@ -231,6 +241,12 @@ def standard_error_in(file: IO[bytes]) -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def _short_folder() -> Path:
+    """Return the folder for temporary files, or /tmp where its name is too long for a socket."""
+    folder = Path(tempfile.gettempdir())
+    return folder if len(os.fsencode(folder)) <= _LONGEST_FOLDER else Path("/tmp")
 
 
 def _zygote_command(socket_path: Path, idle_s: float) -> list[str]:

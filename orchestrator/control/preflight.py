@@ -86,6 +86,8 @@ def _folder_keeps_promises(plan: RunPlan) -> Finding | None:
     root = plan.paths.root
     probe, renamed = root / ".probe-1", root / ".probe-2"
     doing = "be written"
+    for folder in (probe, renamed):  # of a start that was killed in here
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         probe.mkdir()
         with (probe / "file").open("wb") as file:

@@ -53,7 +53,7 @@ class ProcessGroup:
             self._agents.append(
                 Agent(
                     len(self._agents),
-                    plan.run,
+                    str(plan.paths.root),
                     zygote=None if self._zygote is None else str(self._zygote),
                     use_fork=self._zygote is not None,
                     driver_silence_s=math.inf,  # the driver is this process

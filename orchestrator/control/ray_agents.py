@@ -40,7 +40,7 @@ class Agents:
             .options(max_restarts=0, max_concurrency=8, **options)
             .remote(
                 worker,
-                plan.run,
+                str(plan.paths.root),
                 zygote=str(self._zygote) if self._zygote is not None else None,
                 use_fork=self._config.fork,
                 driver_silence_s=self._config.driver_silence_s,

@@ -11,8 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from orchestrator.control.ray_errors import why_lost
-from orchestrator.control.ray_join import first_line
-from orchestrator.errors import OrchestratorError, StartFailed
+from orchestrator.errors import OrchestratorError, StartFailed, first_line
 
 
 def answers(refs: dict[int, Any], limit_s: float) -> list[Any]:

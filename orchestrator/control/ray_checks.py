@@ -40,6 +40,12 @@ def check_nodes(
         return
     for node in nodes:
         address = chosen_address(node, interface)
+        if ipaddress.ip_address(address).version != 4:
+            raise ClusterError(
+                f"the node {node['host']} would be reached by {address}: workers talk by addresses "
+                "of version 4. Name an interface that has one with cluster.interface, or start Ray "
+                "there with `ray start --node-ip-address=ADDRESS`"
+            )
         if interface is not None and ipaddress.ip_address(address).is_loopback:
             raise ClusterError(
                 f"cluster.interface={interface}: the nodes do not reach each other by loopback"

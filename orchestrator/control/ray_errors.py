@@ -6,7 +6,7 @@ import re
 
 from ray.exceptions import OutOfMemoryError, RayError
 
-from orchestrator.control.ray_join import first_line
+from orchestrator.errors import first_line
 
 # Of Ray 2.60: "Memory on the node (IP: …, ID: …) was 14.9GB used / 15.6GB limit (0.95)".
 _USAGE = re.compile(r"was (\S+) used / (\S+) limit")

@@ -27,9 +27,10 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from orchestrator.control.authentication import refuse_open_token
+from orchestrator.control.authentication import proxy_for, refuse_open_token
 from orchestrator.control.upload import stage
 from orchestrator.errors import ClusterError, ConfigError, ExitCode
+from orchestrator.spec.secrets import mask_text
 
 # What a job of ours tells about itself to whoever lists jobs.
 RUN, JOB, RUNS_DIR, CODE, ASKED = (
@@ -89,6 +90,12 @@ def connect(address: str) -> Any:
         # The client (ray 2.60, dashboard/utils.py) would go there instead.
         if os.environ.pop(name, None) not in (None, "", address):
             print(f"{name} is set and not honoured: {address} is asked", file=sys.stderr)
+    if proxy := proxy_for(address):
+        print(
+            f"{address} is asked through the proxy {mask_text(proxy)}, which sees the cluster's "
+            "token: put the head into no_proxy if it can be reached without",
+            file=sys.stderr,
+        )
     logging.disable(logging.INFO)  # what the client of the job API tells about itself
     try:
         return JobSubmissionClient(address)

@@ -31,7 +31,7 @@ from orchestrator.control.ray_start import (
     signal_handlers_kept,
 )
 from orchestrator.control.upload import stage, users_dir
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, first_line
 from orchestrator.spec.plan import Host
 from orchestrator.spec.schema import ClusterConfig, Code
 
@@ -158,6 +158,11 @@ def _dial(address: str, name: str = "cluster.address") -> None:
             _refuse_wrong_token(here)
         return
     host, colon, port = address.rpartition(":")
+    if ":" in host and "://" not in address:
+        raise ClusterError(
+            f"{name}={address} is an address of version 6: Ray's nodes and TensorFlow's workers "
+            "are reached by version 4 here; name the head by that, or by its name"
+        )
     if not (colon or name == "RAY_ADDRESS"):
         return
     if "://" in address or not port.isdigit():
@@ -221,9 +226,3 @@ def _own_addresses() -> set[str]:
 def has_upload() -> bool:
     """Tell whether this driver has brought the project to the nodes."""
     return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says first."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from orchestrator.control.authentication import token_file
+from orchestrator.spec.environment import loopback_without_proxy
 from orchestrator.spec.schema import ClusterName
 
 SETTINGS = {
@@ -43,8 +44,11 @@ def apply_ray_settings(cluster: ClusterName, token: Path | None = None) -> None:
         else:
             os.environ.pop("RAY_AUTH_TOKEN", None)
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-    elif _token_is_there():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    else:
+        # The head may be at the other end of a tunnel: a proxy is not to have its token.
+        os.environ.update(loopback_without_proxy(os.environ))
+        if _token_is_there():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _token_is_there() -> bool:

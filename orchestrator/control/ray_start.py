@@ -15,7 +15,9 @@ from typing import Any
 
 import ray
 
+from orchestrator.errors import StartFailed, first_line, interruptions
 from orchestrator.reaper import Reaper
+from orchestrator.signals import Echoes
 
 LOOPBACK = "127.0.0.1"
 _REGISTRATION_TIMEOUT_S = 30.0
@@ -33,6 +35,9 @@ def start_local(num_cpus: int, num_gpus: int) -> Reaper:
 
     Returns:
         What ends its processes: to be kept for as long as Ray shall run.
+
+    Raises:
+        StartFailed: Ray does not come up.
     """
     reaper = Reaper()
     with ExitStack() as stack:
@@ -44,15 +49,25 @@ def start_local(num_cpus: int, num_gpus: int) -> Reaper:
             _short_looks,
         ):
             stack.enter_context(changed())
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _node_ip_address=LOOPBACK,
-        )
+        try:
+            with interruptions():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    _node_ip_address=LOOPBACK,
+                )
+        except Exception as error:  # Ray 2.60 raises nothing more precise
+            with suppress(Exception):
+                ray.shutdown()  # the next attempt begins with none
+            reaper.close()
+            raise StartFailed(
+                f"no Ray came up on this host: {first_line(error)}; its logs are below "
+                "RAY_TMPDIR, or TMPDIR; a full disk, `ulimit -u` and a busy host are usual causes"
+            ) from error
     keep_quiet()
     leave_out_serializers()
     return reaper
@@ -174,8 +189,11 @@ def signal_handlers_kept() -> Iterator[None]:
 
     kept = {int(number): signal.getsignal(number) for number in _HELD_BACK}
     held: list[int] = []
+    echoes = Echoes()
 
     def hold(number: int, frame: FrameType | None) -> None:
+        if echoes.has(number):
+            return
         held.append(number)
         handler = kept[number]
         if len(held) > 1 and callable(handler):

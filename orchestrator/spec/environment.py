@@ -18,7 +18,7 @@ _OVERRULED = {
     "MLFLOW_REGISTRY_URI": "models are registered where tracking.uri says",
 }
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
-_LOOPBACK = "localhost,127.0.0.1,::1"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def inspect_environment(
@@ -68,12 +68,22 @@ def inspect_for(
     for name in (*_honoured(environ), "CUDA_VISIBLE_DEVICES"):
         if environ.get(name):
             notices.append(f"{name}={environ[name]} is set and honoured")
-    if any(environ.get(name) for name in _PROXIES):
-        known = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-        if "127.0.0.1" not in known and "*" not in known.split(","):
-            notices.append("a proxy is set: loopback is taken out of it (no_proxy)")
-            changes["no_proxy"] = changes["NO_PROXY"] = ",".join(filter(None, [known, _LOOPBACK]))
+    if direct := loopback_without_proxy(environ):
+        notices.append("a proxy is set: loopback is taken out of it (no_proxy)")
+        changes |= direct
     return notices, changes
+
+
+def loopback_without_proxy(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that keep a proxy away from loopback; none where that is so already."""
+    if not any(environ.get(name) for name in _PROXIES):
+        return {}
+    text = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    known = [name.strip() for name in text.split(",")]
+    missing = [name for name in _LOOPBACK if name not in known]
+    if "*" in known or not missing:
+        return {}
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join([*filter(None, [text]), *missing]))
 
 
 def inspect_node(environ: Mapping[str, str]) -> list[str]:

@@ -110,8 +110,7 @@ class Writer:
             self._send(store)
             for record in self._reader.new():
                 self._digest(record)
-                if len(self._unsent) >= BATCH:
-                    self._send(store)
+                self._send(store, at_least=BATCH)
             self._send(store)
             self._mark(store)
             for key in list(self._untold):
@@ -243,12 +242,17 @@ class Writer:
             if legal(key) != key:
                 self._notice(f"MLflow takes no {what} named {key!r}: there it is {legal(key)}")
 
-    def _send(self, store: Store) -> None:
-        """Send the points that have come together, but for those that MLflow has already."""
+    def _send(self, store: Store, at_least: int = 1) -> None:
+        """Send the points that have come together, but for those that MLflow has already.
+
+        Args:
+            store: takes them.
+            at_least: leave fewer than so many for later; a batch costs by itself, too.
+        """
         known = min(len(self._unsent), max(0, self._num_sent - self._num_points))
         del self._unsent[:known]
         self._num_points += known
-        while self._unsent:
+        while len(self._unsent) >= at_least:
             batch = self._unsent[:BATCH]
             refused = set(store.send(batch)) - self._refused
             del self._unsent[:BATCH]

@@ -32,7 +32,7 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return finish(start("train", *JOB, *registered, sampled, cwd=folder, is_first=True), folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def kept_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of commands that begin with what `up` keeps.
 
@@ -88,7 +88,7 @@ def free_port() -> int:
         return port
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of one node with four CPUs and something to choose it by, with a token."""
     token = tmp_path_factory.mktemp("ray") / "token"
@@ -142,7 +142,7 @@ def is_open(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real MLflow server."""
     folder, port = tmp_path_factory.mktemp("mlflow"), free_port()

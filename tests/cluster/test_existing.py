@@ -26,6 +26,7 @@ def test_a_run_joins_the_cluster_it_is_told(
     assert not any(rig.is_alive(pid) for pid in rig.worker_pids(ended.run).values())
 
 
+@pytest.mark.thorough
 def test_two_workers_share_the_cluster_once_its_network_is_trusted(
     ray_cluster: Cluster, one_device: Ended, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_submitted_job_streams_its_output_and_ends_well(
     assert rig.records(ended.run, "RunEnded")[0]["status"] == "FINISHED"
 
 
+@pytest.mark.thorough
 def test_a_submitted_job_that_fails_gives_its_own_exit_code(
     ray_cluster: Cluster, mlflow_server: str, tmp_path: Path
 ) -> None:

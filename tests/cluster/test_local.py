@@ -75,6 +75,7 @@ def test_a_word_changes_where_it_runs_and_not_what_it_computes(
     computes_the_same(train(*overrides, cwd=tmp_path, env=kept_ray), one_device, 0.2)
 
 
+@pytest.mark.thorough
 def test_a_process_made_afresh_computes_the_same(one_device: Ended, tmp_path: Path) -> None:
     computes_the_same(train("cluster.fork=false", cwd=tmp_path), one_device, 1e-6)
 

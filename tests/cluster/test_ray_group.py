@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import OutOfMemoryError, RayError
 
 from orchestrator.control.addresses import chosen_address
@@ -22,9 +23,10 @@ from orchestrator.control.ray_checks import (
     version_differences,
 )
 from orchestrator.control.ray_errors import why_lost
-from orchestrator.control.ray_join import _why_not_joined, common_size
+from orchestrator.control.ray_join import _dial, _why_not_joined, common_size
 from orchestrator.control.ray_nodes import _answers, count_room, has_labels, wanted_labels
-from orchestrator.errors import ClusterError, ExitCode
+from orchestrator.control.ray_start import start_local
+from orchestrator.errors import ClusterError, ExitCode, StartFailed
 from orchestrator.spec.plan import Host
 from orchestrator.spec.schema import Placement, StrategyName
 from tests.plans import tiny_plan
@@ -76,6 +78,25 @@ def test_failures_to_join_are_told_apart(raised: str, chatter: str, told: str) -
     assert error.exit_code is ExitCode.CLUSTER_FAILED
 
 
+def test_a_head_by_an_address_of_version_6_is_refused_by_name() -> None:
+    with pytest.raises(ClusterError, match=r"cluster\.address=\[::1\]:6379 is .* version 6"):
+        _dial("[::1]:6379")
+
+
+def test_a_local_ray_that_does_not_come_up_is_a_start_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def time_out(**_: Any) -> None:
+        # As Ray 2.60 says it of a busy host.
+        raise Exception("The current node timed out during startup. This could happen\nbecause")
+
+    monkeypatch.setattr(ray, "init", time_out)
+    with pytest.raises(StartFailed, match=r"no Ray came up .*: The current node timed out") as told:
+        start_local(1, 0)
+    assert told.value.exit_code is ExitCode.CLUSTER_FAILED
+    assert "TMPDIR" in str(told.value) and "because" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("gpus", "expected"),
     [((0, 8, 4), 4), ((8, 8), 8), ((0, 0), 0), ((), 0)],
@@ -120,6 +141,8 @@ def test_a_node_known_by_loopback_is_refused_beside_others_and_fine_alone() -> N
     ]
     with pytest.raises(ClusterError, match=r"host-2 is known to Ray as 127\.0\.1\.1") as refused:
         check_nodes(here, nodes)
+    with pytest.raises(ClusterError, match=r"host-2 would be reached by fd00::1: .* version 4"):
+        check_nodes(here, [nodes[0], {**nodes[1], "ip": "fd00::1"}])
     assert "--node-ip-address" in str(refused.value)
     check_nodes(here, nodes[1:])
 

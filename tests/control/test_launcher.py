@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import socket
@@ -18,7 +17,15 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.control.launcher import Child, Launch, Zygote, fork, node_zygote, spawn
+from orchestrator.control.launcher import (
+    Child,
+    Launch,
+    Zygote,
+    fork,
+    node_zygote,
+    spawn,
+    start_zygote,
+)
 from orchestrator.errors import StartFailed
 from tests.control.conftest import PATIENCE_S, is_gone, wait_until
 
@@ -289,8 +296,27 @@ def test_agents_of_a_run_on_one_node_share_a_zygote_that_ends_when_idle(
 
 @pytest.mark.usefixtures("temporary_dir")
 def test_a_zygotes_folder_that_others_may_enter_is_refused() -> None:
-    node_folder = Path(tempfile.gettempdir()) / f"orch-{os.getuid()}-r"
+    node_folder = node_zygote("r", idle_s=0.1).parent
+    wait_until(lambda: not node_folder.exists(), "the idle zygote ends")
     node_folder.mkdir()
     node_folder.chmod(0o755)
     with pytest.raises(StartFailed, match="open to others; remove it"):
         node_zygote("r")
+
+
+@pytest.mark.parametrize("name", ["o'neil", "x" * 90])
+def test_a_zygote_is_found_whatever_run_and_temporary_folder_are_called(
+    temporary_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = temporary_dir / name
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    shared = node_zygote(f"/runs/{name}/{'y' * 90}", idle_s=0.1)
+    own = start_zygote()
+    try:
+        wait_until(lambda: own.socket_path.exists(), "a zygote of its own")
+        assert shared.parent.parent == own.socket_path.parent.parent
+        assert (shared.parent.parent == folder) is (len(name) < 90)
+    finally:
+        own.close()
+        wait_until(lambda: not shared.parent.exists(), "the idle zygote ends")

@@ -57,6 +57,15 @@ def test_no_shipped_job_is_refused(job: str, tmp_path: Path) -> None:
     run_checks(plan)
 
 
+@pytest.mark.parametrize("left", [".probe-1", ".probe-2"])
+def test_what_a_start_that_was_killed_has_left_is_no_obstacle(tmp_path: Path, left: str) -> None:
+    plan = plan_with_folder(tmp_path)
+    (plan.paths.root / left).mkdir()
+    (plan.paths.root / left / "file").write_bytes(b"x")
+    run_checks(plan)
+    assert list(plan.paths.root.iterdir()) == []
+
+
 def test_a_run_folder_that_cannot_be_written_is_refused_with_the_key(tmp_path: Path) -> None:
     plan = plan_without_folder(tmp_path)
     with pytest.raises(StorageError) as refusal:

@@ -96,6 +96,12 @@ def test_hosts_without_proxy_stay_without(name: str) -> None:
     assert changes == dict.fromkeys(("no_proxy", "NO_PROXY"), f"intra.net,{LOOPBACK}")
 
 
+def test_loopback_by_its_other_name_is_taken_out_too() -> None:
+    environ = {"http_proxy": "http://proxy:3128", "no_proxy": "127.0.0.1,::1"}
+    _, changes = inspect_environment(environ, tiny_config())
+    assert changes["no_proxy"] == "127.0.0.1,::1,localhost"
+
+
 def test_a_proxy_that_leaves_loopback_alone_needs_no_change() -> None:
     environ = {"http_proxy": "http://proxy:3128", "no_proxy": LOOPBACK}
     assert inspect_environment(environ, tiny_config()) == ([], {})

@@ -108,7 +108,10 @@ def test_draws_from_seeds_are_deterministic(tmp_path: Path) -> None:
     assert rig.run(1, 2).step.num_traces == 1
 
 
-@pytest.mark.parametrize(("replicas", "stops"), [(1, (1, 7, 13)), (2, (9,))])
+@pytest.mark.parametrize(
+    ("replicas", "stops"),
+    [pytest.param(1, (1, 7, 13), marks=pytest.mark.thorough), (2, (9,))],
+)
 def test_neither_blocks_nor_stops_change_a_bit(
     tmp_path: Path, replicas: int, stops: tuple[int, ...]
 ) -> None:

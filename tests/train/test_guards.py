@@ -45,7 +45,7 @@ def steps_told(told: list[Message]) -> list[int]:
     return [b.first_step + i + 1 for b in only(told, BlockDone) for i in range(b.num_steps)]
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_rollback_takes_back_what_was_done_since_the_checkpoint_and_goes_on(
     tmp_path: Path, replicas: int
 ) -> None:

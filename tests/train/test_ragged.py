@@ -164,7 +164,7 @@ def test_a_recurrent_layer_over_buckets_is_exact_whatever_the_replicas(tmp_path:
         np.testing.assert_allclose(rig.losses, rigs[0].losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_dropout_of_a_recurrent_layer_repeats_on_replay(tmp_path: Path, replicas: int) -> None:
     def fresh() -> Rig:
         return make_rig(tmp_path, Recurrent(0.5), replicas=replicas, train__micro_batches=2)

@@ -543,7 +543,9 @@ def test_xla_computes_what_a_graph_computes(tmp_path: Path, optimizer: Optimizer
     assert compiled.ledger == graph.ledger
 
 
-@pytest.mark.parametrize("kind", ["layers", "embedding", "uneven"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("layers", marks=pytest.mark.thorough), "embedding", "uneven"]
+)
 def test_xla_around_the_reduction_computes_what_a_graph_computes(tmp_path: Path, kind: str) -> None:
     changes: dict[str, Any] = {
         "replicas": 3 if kind == "uneven" else 2,
