@@ -249,12 +249,16 @@ def _ui(overrides: list[str], config_dir: Path | None) -> int:
         known[key] = value
     if known["port"] and not known["port"].isdigit():
         raise ConfigError(f"port={known['port']}: must be a whole number")
+    from orchestrator.spec.config import resolve_uri
+    from orchestrator.spec.plan import absolute_uri
     from orchestrator.track.mlflow_ui import open_ui
 
+    asked = known["tracking.uri"]
     root = Path.cwd() / known["runs_dir"]
+    uri = resolve_uri(asked) if asked else f"sqlite:///{root / 'mlflow.db'}"
     port = int(known["port"]) if known["port"] else None
     return open_ui(
-        known["tracking.uri"] or f"sqlite:///{root / 'mlflow.db'}",
+        absolute_uri(uri, Path.cwd()),
         str(root / "mlartifacts"),
         port,
         known["experiment"] or None,

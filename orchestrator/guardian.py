@@ -126,7 +126,7 @@ def end_record(root: Path, environment: Mapping[str, str]) -> None:
     )
     report = complete()
     # The status is what somebody waits for; the page takes seconds to draw.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # whatever is wrong with it, the record is to be whole
         write_report(paths)
         report = report if report.missing else complete()
     if report.missing:

@@ -78,9 +78,10 @@ def _find(run: str, settings: Mapping[str, str], cwd: Path) -> RunPaths:
 def _sync(run: str, settings: Mapping[str, str], cwd: Path) -> ExitCode:
     from orchestrator.driver import sync
     from orchestrator.spec.config import resolve_uri
+    from orchestrator.spec.plan import absolute_uri
 
     paths, given = _find(run, settings, cwd), settings.get("tracking.uri")
-    return sync(paths, resolve_uri(given) if given else None)
+    return sync(paths, absolute_uri(resolve_uri(given), cwd) if given else None)
 
 
 def _compare(runs: tuple[str, str], settings: Mapping[str, str], cwd: Path) -> ExitCode:

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 from orchestrator.errors import ConfigError
-from orchestrator.spec.config import DEFAULT_RUNS_DIR
+from orchestrator.spec.config import DEFAULT_RUNS_DIR, resolve_uri
 from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.plan import absolute_uri
 from orchestrator.track.journal import read
 
 _KEYS = ("run", "model", "port", "host", "runs_dir", "tracking.uri")
@@ -39,7 +40,8 @@ def serve(arguments: list[str], cwd: Path) -> int:
         return mlflow_serve.serve(paths.mlflow_model_dir, name, host, port)
     from orchestrator.track import mlflow_serve
 
-    uri = given.get("tracking.uri") or _database(runs_dir)
+    asked = given.get("tracking.uri")
+    uri = absolute_uri(resolve_uri(asked), cwd) if asked else _database(runs_dir)
     with mlflow_serve.registered(uri, given["model"]) as (folder, name):
         return mlflow_serve.serve(folder, name, host, port)
 

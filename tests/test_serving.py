@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import ConfigError
+from orchestrator.__main__ import _ui
+from orchestrator.errors import ConfigError, StorageError
 from orchestrator.serving import find_run, require_export, serve
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.mlflow_serve import ask
@@ -52,6 +54,20 @@ def test_of_an_unknown_run_the_nearest_is_named(tmp_path: Path, spelling: str) -
 def test_without_runs_that_is_said(tmp_path: Path) -> None:
     assert f"there are no runs in {tmp_path / 'runs'}" in refusal("run=one", cwd=tmp_path)
     assert "mlflow.db does not exist" in refusal("model=one", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command", [lambda uri, cwd: serve(["model=one", uri], cwd), lambda uri, cwd: _ui([uri], None)]
+)
+def test_a_server_that_is_down_is_told_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[str, Path], int]
+) -> None:
+    monkeypatch.setenv("MINE", "hunter2")
+    with pytest.raises(StorageError) as caught:
+        command("tracking.uri=http://me:${oc.env:MINE}@127.0.0.1:9", tmp_path)
+    said = str(caught.value)
+    assert "MLflow at http://***@127.0.0.1:9 does not answer" in said and "tracking.uri=" in said
+    assert "hunter2" not in said
 
 
 @pytest.mark.parametrize(

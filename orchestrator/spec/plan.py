@@ -179,7 +179,14 @@ def tracking_store(config: RunConfig, cwd: Path) -> tuple[str, str | None]:
     """Return MLflow's address, and for a SQLite file the folder that keeps artifacts."""
     root = (cwd / config.runs_dir).resolve()
     uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
-    return uri, artifacts_of(uri, root)
+    return absolute_uri(uri, cwd), artifacts_of(uri, root)
+
+
+def absolute_uri(uri: str, cwd: Path) -> str:
+    """Return MLflow's address for processes that are somewhere else: a SQLite file by its path."""
+    if not uri.startswith("sqlite:///"):
+        return uri
+    return f"sqlite:///{(cwd / uri.removeprefix('sqlite:///')).resolve()}"
 
 
 def artifacts_of(uri: str, runs_dir: Path) -> str | None:

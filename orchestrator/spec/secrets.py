@@ -52,6 +52,11 @@ def mask_text(text: str) -> str:
     return _CREDENTIALS.sub(rf"\g<scheme>{MASK}@", text)
 
 
+def without_credentials(uri: str) -> str:
+    """Return an address without the credentials in it."""
+    return mask_text(uri).replace(f"{MASK}@", "")
+
+
 def masked(value: Any, key: str = "") -> Any:
     """Return nested values with everything secret replaced by `***`."""
     if isinstance(value, Mapping):

@@ -66,7 +66,7 @@ class SweepRecord:
             paths.csv.write_text(csv_table(self._sweep, states, self._best))
             if not hurried:
                 self._draw(states)
-        except OSError as error:
+        except Exception as error:  # of a disk, or of a label that cannot be drawn
             self._notice(f"the sweep's tables could not be written: {error}")
         winner = best_of(states, self._best)
         metrics, tags = {}, {}

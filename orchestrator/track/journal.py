@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError
+from orchestrator.spec.secrets import mask_text
 
 # Series of BlockDone hold one float32 a step; 7 significant digits keep them at half the size.
 _SERIES = ("loss", "learning_rate")
@@ -164,7 +165,9 @@ def _checksum(number: int, body: bytes) -> int:
 
 
 def _compact(record: Mapping[str, Any]) -> dict[str, Any]:
-    compact = dict(record)
+    compact: dict[str, Any] = {
+        key: _told(value) if isinstance(value, str) else value for key, value in record.items()
+    }
     if compact.get("kind") != "BlockDone":
         return compact
     for name in _SERIES:
@@ -173,6 +176,14 @@ def _compact(record: Mapping[str, Any]) -> dict[str, Any]:
         name: _rounded(values) for name, values in compact.get("metrics", {}).items()
     }
     return compact
+
+
+def _told(text: str) -> str:
+    """Return a text as it may be kept and shown: no credentials, and nothing but Unicode.
+
+    What a job raises may hold the address of its database, or the name of a file in whatever bytes.
+    """
+    return mask_text(text.encode("utf-8", "backslashreplace").decode())
 
 
 def _rounded(values: Any) -> list[float]:

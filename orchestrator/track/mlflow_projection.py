@@ -21,7 +21,7 @@ from orchestrator.spec.secrets import MASK, mask_text
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.journal import read
 from orchestrator.track.mlflow_client import open_client
-from orchestrator.track.mlflow_reach import refusal
+from orchestrator.track.mlflow_reach import one_line
 from orchestrator.track.mlflow_writer import Writer
 
 _FLUSH_S = 1.0
@@ -131,7 +131,7 @@ class Projection:
             try:
                 act()
             except Exception as error:
-                self._missing = _one_line(error)
+                self._missing = one_line(error)
                 if failures == 0:
                     self._notice(
                         f"MLflow at {self._writer.address} takes no records: {self._missing}; "
@@ -161,7 +161,7 @@ def check(facts: RunFacts) -> None:
     except Exception as error:
         raise StorageError(
             f"MLflow at {mask_text(facts.tracking_uri)} takes no records "
-            f"(tracking.required=true): {_one_line(error)}; mend that or tracking.uri, or let "
+            f"(tracking.required=true): {one_line(error)}; mend that or tracking.uri, or let "
             "the journal wait for it with tracking.required=false"
         ) from error
 
@@ -215,11 +215,3 @@ def sync(
         tries_at_end=None if is_patient else _TRIES_AT_END,
     )
     return projection.finish(status, deadline_s)
-
-
-def _one_line(error: BaseException) -> str:
-    text = mask_text(str(error)).strip()
-    if (refused := refusal(text)) is not None:
-        return f"{refused.why}: {refused.mend}"
-    lines = text.splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

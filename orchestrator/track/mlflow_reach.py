@@ -7,7 +7,9 @@ import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from orchestrator.errors import StorageError
 from orchestrator.spec.secrets import mask_text
 from orchestrator.track.mlflow_client import open_client
 
@@ -93,6 +95,30 @@ def refusal(text: str) -> Obstacle | None:
             "ask for the right to write there, or start the server with --allowed-hosts",
         )
     return None
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error of MLflow's says, without passwords."""
+    text = mask_text(str(error)).strip()
+    if (refused := refusal(text)) is not None:
+        return f"{refused.why}: {refused.mend}"
+    lines = text.splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def required_client(uri: str, timeout_s: float) -> Any:
+    """Return a client for a command that is nothing without MLflow.
+
+    Raises:
+        StorageError: MLflow does not answer, or refuses.
+    """
+    try:
+        return open_client(uri, timeout_s)
+    except Exception as error:
+        raise StorageError(
+            f"MLflow at {mask_text(uri)} does not answer: {one_line(error)}; start it, or give "
+            "another address with tracking.uri="
+        ) from error
 
 
 def _is_known(revision: str) -> bool:

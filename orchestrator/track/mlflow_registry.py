@@ -54,7 +54,9 @@ def log_model(store: Store, paths: RunPaths, origin: Origin) -> str:
     metrics = _metrics(model.model_id, _proof(paths), origin)
     told = [metric for metric in metrics if not _is_told(store, metric)]
     client.log_batch(store.run_id, metrics=told)
-    if facts.register is not None:
+    # A start that was asked to register and has not got as far as its export registers nothing:
+    # an alias would move to the model of before.
+    if facts.register is not None and origin.is_new:
         _register(store, facts.register, facts.alias, model)
     return str(model.model_uri)
 

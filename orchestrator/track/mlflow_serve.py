@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.errors import ConfigError, StartFailed
 from orchestrator.reaper import temporary_folder
-from orchestrator.track.mlflow_client import open_client
+from orchestrator.track.mlflow_reach import required_client
 from orchestrator.track.mlflow_server import (
     LOOPBACK,
     answers_soon,
@@ -119,7 +119,7 @@ def registered(uri: str, model: str) -> Iterator[tuple[Path, str]]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = open_client(uri, _CLIENT_TIMEOUT_S)
+    client = required_client(uri, _CLIENT_TIMEOUT_S)
     address = model.removeprefix("models:/")
     is_logged = address.startswith("m-") and address != model
     if not is_logged:

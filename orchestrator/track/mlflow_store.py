@@ -88,7 +88,10 @@ class Store:
         name, root = self._facts.experiment, self._facts.artifact_root
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            location = None if root is None else (Path(root) / name).absolute().as_uri()
+            location = None
+            if root is not None:  # below it, whatever the name looks like as a path
+                parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+                location = Path(root, *parts).absolute().as_uri()
             try:
                 return str(self._client.create_experiment(name, artifact_location=location))
             except MlflowException as error:

@@ -15,7 +15,8 @@ from typing import Any
 
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.mlflow_client import open_client
-from orchestrator.track.mlflow_store import DESCRIPTION_TAG, Store
+from orchestrator.track.mlflow_reach import one_line
+from orchestrator.track.mlflow_store import DESCRIPTION_TAG, Store, legal
 
 PARENT_TAG = "mlflow.parentRunId"
 SWEEP_TAG = "orchestrator.sweep"
@@ -110,9 +111,7 @@ class ParentRun:
                 self.missing = ""
                 failures = 0
             except Exception as error:
-                self.missing = (
-                    str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
-                )
+                self.missing = one_line(error)
                 self._store = None
                 failures += 1
                 if failures == 1:
@@ -150,16 +149,19 @@ class ParentRun:
     def _end(self, ending: Ending) -> None:
         assert self._store is not None
         run = self._store.run_id
-        for name, value in ending.metrics.items():
-            # Of two values at one step MLflow shows that of the later command.
-            self._client.log_metric(run, name, value, timestamp=ending.time_ms, step=0)
-        for key, text in ending.tags.items():
-            self._client.set_tag(run, key, text)
-        for path in ending.files:
-            if path.exists():
-                self._client.log_artifact(run, str(path))
-        self._store.tag(DESCRIPTION_TAG, ending.text)
-        self._store.end(ending.status, None)
+        try:
+            for name, value in ending.metrics.items():
+                # Of two values at one step MLflow shows that of the later command.
+                self._client.log_metric(run, legal(name), value, timestamp=ending.time_ms, step=0)
+            for key, text in ending.tags.items():
+                self._client.set_tag(run, key, text)
+            self._store.tag(DESCRIPTION_TAG, ending.text)
+            for path in ending.files:
+                if path.exists():
+                    self._client.log_artifact(run, str(path))
+        finally:
+            # It is true whether or not there is a place for files.
+            self._store.end(ending.status, None)
 
 
 def end_parent(facts: RunFacts, began: float, status: str) -> None:

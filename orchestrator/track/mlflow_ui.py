@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from orchestrator.errors import ConfigError, StorageError
-from orchestrator.track.mlflow_client import open_client
+from orchestrator.spec.secrets import without_credentials
+from orchestrator.track.mlflow_reach import required_client
 from orchestrator.track.mlflow_server import (
     LOOPBACK,
     answers_soon,
@@ -39,7 +40,7 @@ def open_ui(uri: str, artifact_root: str, port: int | None, experiment: str | No
         StorageError: MLflow does not start, or has ended by itself.
     """
     if not uri.startswith("sqlite:///"):
-        print(_link(uri.rstrip("/"), uri, experiment), flush=True)
+        print(_link(without_credentials(uri).rstrip("/"), uri, experiment), flush=True)
         return 0
     database = Path(uri.removeprefix("sqlite:///"))
     if not database.exists():
@@ -65,7 +66,7 @@ def open_ui(uri: str, artifact_root: str, port: int | None, experiment: str | No
 
 def _link(address: str, uri: str, experiment: str | None) -> str:
     """Return a link that lands on the runs: MLflow's start page shows something else."""
-    client = open_client(uri, 5.0)
+    client = required_client(uri, 5.0)
     if experiment is not None:
         found = client.get_experiment_by_name(experiment)
         if found is None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping, Set
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from orchestrator.spec.paths import RunPaths
-from orchestrator.spec.secrets import mask_text
+from orchestrator.spec.secrets import mask_text, without_credentials
 from orchestrator.track.account import account
 from orchestrator.track.facts import RunFacts
 from orchestrator.track.failure import FirstFailure
@@ -97,7 +96,7 @@ class Writer:
         uri = self._facts.tracking_uri
         if self.store is None or not uri.startswith("http"):
             return None
-        server = re.sub(r"//[^/@]*@", "//", uri).rstrip("/")
+        server = without_credentials(uri).rstrip("/")
         return (
             f"{server}/#/experiments/{self.store.experiment_id}/runs/{self.store.run_id}"
             "?workflowType=machine_learning"

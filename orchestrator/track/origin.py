@@ -25,6 +25,7 @@ class Origin:
         evaluations: the Evaluated record at each step.
         told: the first one at each step, which the charts have, however often it was made again.
         exported: the Exported record, or None.
+        is_new: whether the newest start of the run has exported it, and not an earlier one.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Origin:
     evaluations: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     told: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     exported: Mapping[str, Any] | None = None
+    is_new: bool = False
     _attempt: int = 0
     _judged_from: int = 0
 
@@ -53,7 +55,7 @@ class Origin:
                 self.evaluations[record["step"]] = record
                 self.told.setdefault(record["step"], record)
             case "Exported":
-                self.exported = record
+                self.exported, self.is_new = record, True
 
     @property
     def step(self) -> int:
@@ -117,7 +119,7 @@ class Origin:
 
     def _start(self, facts: Mapping[str, Any]) -> None:
         before, now = self.facts.get("params", {}), facts["params"]
-        self.facts = facts
+        self.facts, self.is_new = facts, False
         if any(before.get(key) != now.get(key) for key in _JUDGED_BY):
             # What the run evaluated before was judged otherwise, or not at all.
             self._judged_from = self.last_step

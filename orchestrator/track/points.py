@@ -42,7 +42,7 @@ class Points:
 
         Args:
             log_every_steps: steps of a window, or "auto".
-            global_batch_size: examples a step, for examples/s.
+            global_batch_size: examples a step, for examples/s, until a start tells another one.
         """
         self.window = None if log_every_steps == "auto" else int(log_every_steps)
         self._global_batch_size = global_batch_size
@@ -67,6 +67,8 @@ class Points:
     def _feed(self, record: Mapping[str, Any]) -> Iterator[Point]:
         self._goodput.feed(record)
         match record.get("kind"):
+            case "RunStarted":
+                self._start(record.get("facts", {}))
             case "Window":
                 # The choice in the journal stands, even when another one was made since.
                 self.window = int(record["log_every_steps"])
@@ -88,6 +90,12 @@ class Points:
                         yield from window.close()
                 # Otherwise it goes on, when it is resumed, with the window it was stopped in.
                 yield from self._ended(record)
+
+    def _start(self, facts: Mapping[str, Any]) -> None:
+        """Count with the examples a step of this start, also in the window that it goes on with."""
+        self._global_batch_size = facts.get("global_batch_size", self._global_batch_size)
+        for window in self._windows.values():
+            window.global_batch_size = self._global_batch_size
 
     def _ended(self, record: Mapping[str, Any]) -> Iterator[Point]:
         """Tell where the time went, once for each step at which the run has ended."""
@@ -161,7 +169,7 @@ class _Window:
     def __init__(self, worker: int, num_steps: int, global_batch_size: int):
         self._worker = worker
         self._num_steps = num_steps
-        self._global_batch_size = global_batch_size
+        self.global_batch_size = global_batch_size
         self._last_step = 0
         self._timestamp_ms = 0
         self._clear()
@@ -217,7 +225,7 @@ class _Window:
             for key, (total, count) in self._sums.items():
                 yield Point(key, total / count if count else math.nan, stamp, step)
             wall_s = max(self._wall_s, 1e-9)
-            examples_per_s = self._global_batch_size * self._steps / wall_s
+            examples_per_s = self.global_batch_size * self._steps / wall_s
             yield Point("perf/examples_per_s", examples_per_s, stamp, step)
             yield Point("perf/step_ms", step_ms, stamp, step)
             yield Point("perf/data_wait_fraction", self._data_wait_s / wall_s, stamp, step)

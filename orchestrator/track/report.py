@@ -50,7 +50,7 @@ def write_report(paths: RunPaths) -> None:
     plots = draw(found, paths.plots_dir)
     page = render(found, plots)
     staged = paths.report.with_name(f".{paths.report.name}.new")
-    staged.write_text(page, encoding="utf-8")
+    staged.write_text(page, encoding="utf-8", errors="backslashreplace")
     staged.replace(paths.report)
 
 

@@ -39,10 +39,15 @@ def draw_curves(path: Path, curves: Sequence[Curve], label: str) -> None:
         steps, values = zip(*curve.points, strict=True)
         width = 2.6 if curve.is_best else 1.1
         name = f"{curve.name} (best)" if curve.is_best else curve.name
-        axes.plot(steps, values, label=name, marker="o", markersize=3, linewidth=width)
+        axes.plot(steps, values, label=_label(name), marker="o", markersize=3, linewidth=width)
     axes.set_xlabel("step")
-    axes.set_ylabel(label)
+    axes.set_ylabel(_label(label))
     axes.grid(alpha=0.25)
     if 0 < len(drawn) <= _MAX_NAMED:
         axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=_DPI)
+
+
+def _label(text: str) -> str:
+    """Return a text that matplotlib draws as it is: what is between dollars is a formula."""
+    return text.replace("$", r"\$")

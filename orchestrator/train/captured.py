@@ -46,10 +46,21 @@ class Captured(keras.StatelessScope):
         return self
 
     def get_current_value(self, variable: keras.Variable) -> Any:
-        """Return the value assigned in the scope, else the variable itself, which tapes watch."""
+        """Return the value assigned in the scope, else the variable itself, which tapes watch.
+
+        Raises:
+            JobError: it was made within the scope, by a layer that is called for the first time.
+        """
         value = super().get_current_value(variable)
         if value is None:
             value = self._derived(variable)
+        if value is None and variable._value is None and _is_float(variable):
+            # Keras would put its initial value into the graph, for good.
+            raise JobError(
+                f"{variable.path} was made while a batch was computed, where it could neither be "
+                "trained nor saved: build its layer in model(), by calling the model once as it is "
+                "called in training"
+            )
         return variable._value if value is None else value
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
@@ -73,7 +84,7 @@ class Captured(keras.StatelessScope):
 
     def _follows_from_step(self, variable: keras.Variable) -> bool:
         """Tell whether a variable is a seed of the model's layers."""
-        return id(variable) in self._given and not tf.as_dtype(variable.dtype).is_floating
+        return id(variable) in self._given and not _is_float(variable)
 
     def refuse_lost(
         self, kept: Callable[[keras.Variable], bool], of_model: Collection[keras.Variable]
@@ -96,6 +107,10 @@ class Captured(keras.StatelessScope):
             "the job assigns to variables while it computes a batch. A step keeps what layers of "
             f"the model assign to float state that is not trained; it would lose {told}"
         )
+
+
+def _is_float(variable: keras.Variable) -> bool:
+    return bool(tf.as_dtype(variable.dtype).is_floating)
 
 
 def _why_lost(variable: keras.Variable, is_of_model: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -25,10 +26,18 @@ class Resident:
                     self.tables.append({k: tf.constant(v) for k, v in arrays.items()})
 
     def rows(self, local: int, ids: Any, features: Batch) -> Batch:
-        """Return the features of some examples on one local replica."""
-        if self.tables is None:
+        """Return the features of some examples on one local replica.
+
+        In float64, floats are such: what a loss has to do with its targets needs equal types.
+        """
+        if self.tables is not None:
+            features = {name: tf.gather(table, ids) for name, table in self.tables[local].items()}
+        if keras.config.floatx() != "float64":
             return features
-        return {name: tf.gather(table, ids) for name, table in self.tables[local].items()}
+        return {
+            name: tf.cast(rows, tf.float64) if rows.dtype.is_floating else rows
+            for name, rows in features.items()
+        }
 
 
 def feature_spec(source: Source, size: int, *, resident: bool) -> dict[str, tf.TensorSpec]:

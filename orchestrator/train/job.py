@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from orchestrator.errors import JobError
 from orchestrator.train.sources import Feature, Source, Split
 
 Batch = dict[str, Any]
@@ -23,7 +24,8 @@ class Outcome:
 
     Attributes:
         loss: float [batch], one value for each example.
-        terms: scalars added to the mean loss (regularisation, auxiliary losses), by name.
+        terms: scalars added to the mean loss (regularisation, auxiliary losses), by name; what is
+            one value for each example belongs into `loss`.
         metrics: float [batch] or [batch, k] by name; reported as means over examples.
         weight: float [batch], weight of each example; None for one each.
     """
@@ -48,6 +50,9 @@ class Outcome:
 
         Args:
             scale: what the step multiplies sums over examples by; a number or a float scalar.
+
+        Raises:
+            JobError: a term is no scalar.
         """
         loss = at_least_float32(self.loss)
         if self.weight is None:
@@ -57,10 +62,19 @@ class Outcome:
             total = tf.reduce_sum(self.weights() * loss)
             total_weight = tf.reduce_sum(self.weights())
         if self.terms:
-            terms = tf.add_n([tf.cast(term, total.dtype) for term in self.terms.values()])
-            total += total_weight * terms
+            total += total_weight * self.added(total.dtype)
         # A plain number stays one: tf.cast would take it through float32.
         return (tf.cast(scale, total.dtype) if tf.is_tensor(scale) else scale) * total
+
+    def added(self, dtype: Any) -> Any:
+        """Return the sum of the terms, of which there are some, as a scalar.
+
+        Raises:
+            JobError: a term is no scalar.
+        """
+        return tf.add_n(
+            [tf.cast(_scalar(f"the term {n!r}", t), dtype) for n, t in self.terms.items()]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +144,11 @@ class Job:
         over the replicas and assigned by the step.
         """
         outputs = model(batch["x"], training=training)
-        terms = {"regularisation": tf.add_n(model.losses)} if model.losses else {}
+        terms = {}
+        if model.losses:
+            parts = [_scalar("a loss of the model (add_loss)", part) for part in model.losses]
+            dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.size)
+            terms["regularisation"] = tf.add_n([tf.cast(part, dtype) for part in parts])
         return Outcome(
             loss=self.loss(batch, outputs), terms=terms, metrics=self.metrics(batch, outputs)
         )
@@ -199,6 +217,17 @@ class Job:
         Called on the chief only, when training is complete, before the export.
         """
         return None
+
+
+def _scalar(what: str, value: Any) -> Any:
+    """Return a term as a scalar tensor of at least float32."""
+    value = at_least_float32(tf.convert_to_tensor(value))
+    if value.shape.rank not in (0, None):
+        raise JobError(
+            f"{what} has shape {value.shape}: what is added to the mean loss is a scalar. Add one "
+            "value for each example to `loss`, or add their mean"
+        )
+    return value
 
 
 def at_least_float32(values: Any) -> Any:

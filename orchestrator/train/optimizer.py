@@ -117,11 +117,14 @@ class Optimizers:
                 what else the process has built.
 
         Raises:
-            JobError: the groups and `optimizer.groups` do not fit each other, or overlap; or a
-                pattern of `optimizer.weight_decay_exclude` fits no variable.
+            JobError: the groups and `optimizer.groups` do not fit each other, or overlap; one has
+                a variable that is not the model's; or a pattern of
+                `optimizer.weight_decay_exclude` fits no variable.
         """
         config = plan.config
         _check_groups(config.optimizer, groups)
+        if model is not None:
+            _check_members(groups, model)
         self.groups = {name: list(variables) for name, variables in groups.items()}
         names = stable_names(model) if model is not None else {}
         paths = {id(v): renamed(v.path, names) for v in flatten_groups(self.groups)}
@@ -262,6 +265,19 @@ def _arguments(config: OptimizerConfig, group: OptimizerGroup | None) -> dict[st
         if value is not None:
             arguments[item.name] = value
     return arguments
+
+
+def _check_members(groups: Mapping[str, Sequence[keras.Variable]], model: keras.Model) -> None:
+    """Refuse variables that no checkpoint would hold."""
+    owned = {id(variable) for variable in model.variables}
+    for name, variables in groups.items():
+        for variable in variables:
+            if id(variable) not in owned:
+                raise JobError(
+                    f"the parameter group {name!r} has {variable.path}, which is no variable of "
+                    "the model: checkpoints and the export would lack it. Make it a weight of the "
+                    "model or of one of its layers in model(), with add_weight or as an attribute"
+                )
 
 
 def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[keras.Variable]]) -> None:

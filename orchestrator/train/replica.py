@@ -25,6 +25,7 @@ from orchestrator.spec.plan import RunPlan, split_evenly
 from orchestrator.train.captured import Captured
 from orchestrator.train.data import Shard
 from orchestrator.train.job import Batch, Gradients, Job, flatten_groups
+from orchestrator.train.stateful import assignments_refused
 from orchestrator.train.sums import Layout, weighted_sums
 
 # Below this a dense all-reduce of an embedding's gradient is faster (measured, 2 workers, gRPC).
@@ -98,7 +99,7 @@ class Replicas:
                 *((self._moving[index], value) for index, value in moved.items()),
                 *((variable, seed_state(variable)) for variable in self._seeds),
             ]
-            with Captured(state, seed_state) as scope:
+            with Captured(state, seed_state) as scope, assignments_refused():
                 batch = self._job.prepare(rows, training=True, seeds=seeds)
                 grouped, outcome = self._job.gradients(self._model, batch, scale)
             scope.refuse_lost(self._is_kept, self._model.variables)

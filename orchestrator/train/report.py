@@ -76,7 +76,8 @@ class Reporter:
 
     def log(self, text: str) -> None:
         """Write into the worker's log."""
-        with contextlib.suppress(OSError):  # a full disk takes no lines; training goes on
+        # A full disk takes no lines, and not every name of a file is text; training goes on.
+        with contextlib.suppress(OSError, UnicodeError):
             print(text, file=self._log, flush=True)
 
     def tell(self, kind: type[Message], **fields: Any) -> None:

@@ -47,10 +47,9 @@ def weighted_sums(outcome: Outcome, size: int, dtype: Any, mask: Any = None) -> 
             called loss.
     """
     loss = at_least_float32(outcome.loss)
-    terms = [tf.cast(term, loss.dtype) for term in outcome.terms.values()]
     if "loss" in outcome.metrics:
         raise JobError("a metric is called loss, as the loss itself is: give it another name")
-    columns = {"loss": loss + tf.add_n(terms) if terms else loss}
+    columns = {"loss": loss + outcome.added(loss.dtype) if outcome.terms else loss}
     columns.update(outcome.metrics)
     layout = _layout(columns, size)
     if outcome.weight is not None:
@@ -69,7 +68,7 @@ def weighted_sums(outcome: Outcome, size: int, dtype: Any, mask: Any = None) -> 
     if mask is not None:
         weights *= tf.cast(mask, dtype)
         # What only fills up may be anything, also infinite, and 0 x inf is not 0.
-        values = tf.where(weights[:, None] > 0, values, tf.zeros_like(values))
+        values = tf.where(mask[:, None] > 0, values, tf.zeros_like(values))
     weights = weights[:, None]
     return layout, tf.reduce_sum(tf.concat([weights, weights * values], axis=1), axis=0)
 

@@ -254,6 +254,11 @@ def test_an_absolute_runs_dir_stays_as_it_is(tmp_path: Path) -> None:
     assert plan.paths.root == tmp_path / "tiny" / "RUN"
 
 
+def test_a_database_is_known_by_its_path_wherever_a_process_is() -> None:
+    plan = plan_on(CPU_HOST, tracking__uri="sqlite:///mlflow.db")
+    assert plan.tracking_uri == "sqlite:////FOLDER/mlflow.db"
+
+
 def test_the_record_goes_into_runs_dir_unless_told_otherwise() -> None:
     plan = plan_on(CPU_HOST)
     assert plan.tracking_uri == "sqlite:////FOLDER/runs/mlflow.db"

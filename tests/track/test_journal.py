@@ -95,6 +95,15 @@ def test_series_keep_seven_digits_and_values_that_are_not_finite(tmp_path: Path)
     assert (found["time"], found["ledger"]) == (1700000000.123456, 2**64 - 1)
 
 
+def test_texts_are_kept_without_credentials_and_as_unicode(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    error = "cannot connect to postgresql://me:hunter2@db/x: caf\udce9.png"
+    journal.append({"kind": "Failed", "error": error, "worker": 0})
+    journal.close()
+    (record,) = read(tmp_path / "journal.jsonl")
+    assert record["error"] == "cannot connect to postgresql://***@db/x: caf\\udce9.png"
+
+
 def test_a_reader_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     reader = Reader(path)

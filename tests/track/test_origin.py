@@ -108,6 +108,12 @@ def test_an_export_of_another_step_is_seen(
         assert f"weights of step {step}" in said
 
 
+def test_an_export_is_new_until_the_run_is_started_again() -> None:
+    assert origin([started(), *RUN, exported(8)]).is_new
+    assert not origin([started(), *RUN, exported(8), started()]).is_new
+    assert origin([started(), *RUN, exported(8), started(), exported(8)]).is_new
+
+
 def test_no_export_at_all_is_seen() -> None:
     assert "no worker has told" in complaint(started(), *RUN)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,27 @@ def test_the_best_of_the_last_command_is_shown(tmp_path: Path, uri: str) -> None
     for loss, time_ms in ((0.5, 1_000), (0.4, 2_000)):
         assert ended(tmp_path, uri, ending(loss, time_ms)).missing == ""
     assert found(uri, mlflow.MlflowClient(uri)).data.metrics["best/loss"] == 0.4
+
+
+def test_a_metric_that_mlflow_would_name_otherwise_is_told_by_that_name(
+    tmp_path: Path, uri: str
+) -> None:
+    named = dataclasses.replace(ending(0.5), metrics={"best/acc@5": 0.5})
+    assert ended(tmp_path, uri, named).missing == ""
+    run = found(uri, mlflow.MlflowClient(uri))
+    assert run.info.status == "FINISHED" and 0.5 in run.data.metrics.values()
+
+
+def test_the_status_is_true_where_files_find_no_place(tmp_path: Path, uri: str) -> None:
+    (tmp_path / "mlartifacts").write_bytes(b"")  # where the folder of artifacts would be
+    table = tmp_path / "table.md"
+    table.write_text("a table")
+    facts = rig.make_facts(tmp_path, uri, artifact_root=str(tmp_path / "mlartifacts"))
+    parent = ParentRun(facts, 1.0, lambda text: None)
+    parent.finish(dataclasses.replace(ending(0.5), files=[table]), 60)
+    assert parent.missing
+    run = found(uri, mlflow.MlflowClient(uri))
+    assert run.info.status == "FINISHED" and run.data.tags["mlflow.note.content"] == "done"
 
 
 def test_an_end_that_took_too_long_is_told(tmp_path: Path, uri: str) -> None:

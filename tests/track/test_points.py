@@ -74,6 +74,16 @@ def test_speed_is_that_of_the_steps_of_the_window() -> None:
     assert series(points, "perf/data_wait_fraction") == [(4, pytest.approx(0.1))]
 
 
+def test_speed_is_that_of_the_batch_each_start_had() -> None:
+    starts = [{"kind": "RunStarted", "facts": {"global_batch_size": size}} for size in (16, 64)]
+    before = feed(4, starts[0], block(0, 6))
+    points = feed(4, starts[0], block(0, 6), starts[1], block(6, 6))
+    assert points[: len(before)] == before
+    found = series(points, "perf/examples_per_s")
+    # The window that the second start goes on with counts as its own.
+    assert [(step, round(speed)) for step, speed in found] == [(4, 1600), (8, 6400), (12, 6400)]
+
+
 def test_the_last_partial_window_closes_when_the_run_ends() -> None:
     points = feed(4, block(0, 6), ENDED)
     assert series(points, "train/loss") == [(4, 2.5), (6, 5.5)]

@@ -329,6 +329,20 @@ def test_two_names_that_mlflow_refuses_stay_two(root: Path, facts: RunFacts) -> 
     assert the_run(facts.tracking_uri).data.metrics == metrics
 
 
+@pytest.mark.parametrize("name", ["/team/vision", "../vision", "team/vision"])
+def test_files_of_an_experiment_lie_below_the_runs_whatever_its_name(
+    root: Path, database: Path, name: str
+) -> None:
+    facts = rig.make_facts(root, rig.sqlite_uri(database.parent), experiment=name)
+    rig.write(root, facts.record(rig.START), rig.ended())
+    project(facts)
+    (found,) = mlflow.MlflowClient(facts.tracking_uri).search_experiments(
+        filter_string=f"name = '{name}'"
+    )
+    assert found.artifact_location.startswith(f"file://{facts.artifact_root}/")
+    assert "/.." not in found.artifact_location
+
+
 @pytest.mark.parametrize(
     "key", ["eval/top 5", "system/host-1/gpu_0_memory_usage_percentage", "a.b-c_d/e:f", "x" * 250]
 )
