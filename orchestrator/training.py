@@ -120,7 +120,7 @@ class Training:
         except KeyboardInterrupt:
             status, cause = "KILLED", "ended at once" if self._stops.is_hurried else "stopped"
         except OrchestratorError as error:
-            status, cause = "FAILED", str(error)
+            status, cause = "FAILED", mask_text(str(error))
             if self._stops.is_hurried:  # inline the worker takes the signal for a failure
                 status, cause = "KILLED", "ended at once"
             else:

@@ -28,6 +28,7 @@ from orchestrator.spec.memory import bytes_text, memory_limit, memory_of
 from orchestrator.spec.messages import Beacon, Cause, Failed, Message, Phase, WorkerOrder
 from orchestrator.spec.plan import RunPlan
 from orchestrator.spec.schema import ClusterName
+from orchestrator.spec.secrets import mask_text
 
 _CAUSES: dict[type[OrchestratorError], Cause] = {
     JobError: Cause.job,
@@ -139,16 +140,20 @@ class Reporter:
         return self._detail
 
     def failed(self, error: BaseException) -> None:
-        """Tell the whole story of an error: cause, the user's own frame, traceback."""
-        text = "".join(traceback.format_exception(error))
+        """Tell the whole story of an error: cause, the user's own frame, traceback.
+
+        Without credentials: an error of a database driver may quote the address it was given.
+        """
+        text = mask_text("".join(traceback.format_exception(error)))
+        said = mask_text(one_line(error))
         self.log(text)
         self.tell(
             Failed,
             step=self.step,
             phase=self.phase,
             cause=self._cause(error),
-            error=one_line(error) + out_of_memory(error, self._order.plan, self._order.worker),
-            user_frame=user_frame(error),
+            error=said + out_of_memory(error, self._order.plan, self._order.worker),
+            user_frame=mask_text(user_frame(error)),
             traceback=text,
         )
 

@@ -200,3 +200,10 @@ def test_a_lack_of_memory_is_told_with_what_helps(tmp_path: Path) -> None:
     assert on_host.startswith("MemoryError: Unable to allocate 8 EiB; worker 0 held ")
     assert "the limit of " in on_host and "train.micro_batches=4" in on_host
     assert "micro_batches" not in heard.failed(ValueError("memory")).error
+
+
+def test_an_error_is_told_without_the_password_it_quotes(tmp_path: Path) -> None:
+    heard = Heard(tmp_path)
+    failed = heard.failed(ValueError("cannot connect to postgresql://me:hunter2@db/x"))
+    assert failed.error == "ValueError: cannot connect to postgresql://***@db/x"
+    assert "hunter2" not in failed.traceback and "***" in failed.traceback
