@@ -19,6 +19,7 @@ from orchestrator.sweep.halving import is_behind, rungs, value_at
 from orchestrator.sweep.state import keep_stopped, states_of
 from orchestrator.sweep.table import best_of, csv_table, markdown, text_table
 from orchestrator.track.journal import Journal
+from orchestrator.track.sweep_plot import Curve, draw_curves
 
 OVERRIDES = ["job=small", "optimizer.learning_rate=1e-3,1e-2"]
 BY_LOSS = BestConfig(metric=None, mode=BestMode.min, min_delta=0.0, patience=None)
@@ -281,3 +282,9 @@ def test_the_best_metric_says_which_child_is_best(tmp_path: Path) -> None:
     leave(sweep, 1, evaluated(50, math.nan), evaluated(100, 0.2), ended())
     winner = best_of(states_of(sweep), best)
     assert winner is not None and winner.child.name == "01"
+
+
+def test_values_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    curve = Curve(r"01 job.args.pattern='^\d+$' job.args.other='^\w+$'", [(1, 0.5), (2, 0.25)])
+    draw_curves(tmp_path / "plot.png", [curve], "eval/loss")
+    assert (tmp_path / "plot.png").stat().st_size > 0
