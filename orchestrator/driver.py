@@ -22,6 +22,7 @@ from orchestrator.control.ray_settings import apply_ray_settings
 from orchestrator.control.scratch import scratch_folder
 from orchestrator.errors import ExitCode, OrchestratorError, StorageError, interruptions
 from orchestrator.guardian import guarded
+from orchestrator.imports import uncollected
 from orchestrator.job_code import job_sources, keep_code
 from orchestrator.keeping import hold_for
 from orchestrator.lease import Lease
@@ -254,7 +255,8 @@ def _make_group(
             from orchestrator.train.later import put_off
 
             put_off()
-            from orchestrator.train.worker import run
+            with uncollected():
+                from orchestrator.train.worker import run
 
         return InlineGroup(run)
     from orchestrator.control.ray_group import RayGroup

@@ -10,13 +10,15 @@ import shutil
 import signal
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+from orchestrator.imports import uncollected
 
 if TYPE_CHECKING:
     from orchestrator.control.launcher import Zygote
@@ -134,6 +136,13 @@ _main_pid = os.getpid()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "thorough: takes long; run with FAULTS=all")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import what the tests need, TensorFlow and MLflow, for good."""
+    with uncollected():
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

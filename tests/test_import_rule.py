@@ -36,17 +36,26 @@ ALLOWED = {
         "orchestrator.reaper",
         "orchestrator.signals",
     ),
-    "train": ("orchestrator.train", "orchestrator.spec", "orchestrator.errors", "orchestrator.log"),
+    "train": (
+        "orchestrator.train",
+        "orchestrator.spec",
+        "orchestrator.errors",
+        "orchestrator.imports",
+        "orchestrator.log",
+    ),
     "track": (
         "orchestrator.track",
         "orchestrator.spec",
         "orchestrator.errors",
+        "orchestrator.imports",
         "orchestrator.log",
         "orchestrator.reaper",
     ),
 }
 # Folders import these, so they must drag nothing in.
-FOUNDATIONS = tuple(f"orchestrator/{name}.py" for name in ("errors", "log", "reaper", "signals"))
+FOUNDATIONS = tuple(
+    f"orchestrator/{name}.py" for name in ("errors", "imports", "log", "reaper", "signals")
+)
 # Checkpoint folders are verified and pruned by processes that never import TensorFlow.
 WITHOUT_TENSORFLOW = ("orchestrator/train/store.py",)
 JOBS_MAY_IMPORT = (

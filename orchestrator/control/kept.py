@@ -30,7 +30,7 @@ from orchestrator.spec.paths import PROJECT_DIR
 _PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "ray", "numpy")
 # What the kept processes hold of the project, or speak with it.
 _LOADED = (
-    *("train/zygote.py", "train/later.py", "spec/channel.py"),
+    *("train/zygote.py", "train/later.py", "spec/channel.py", "imports.py"),
     *("control/keeper.py", "control/ray_keeper.py"),
 )
 # Read when a process starts, or when Ray or TensorFlow is imported.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from orchestrator.imports import uncollected
 
 
 def open_client(uri: str, timeout_s: float) -> Any:
@@ -21,6 +24,12 @@ def open_client(uri: str, timeout_s: float) -> Any:
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     # Only the screen draws.
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    # It imports the half of itself, and what makes tables, when it is first used.
+    with nullcontext() if "mlflow" in sys.modules else uncollected():
+        return _open(uri)
+
+
+def _open(uri: str) -> Any:
     import mlflow
 
     # SQLite's migrations and the client's hints would land on the user's terminal.

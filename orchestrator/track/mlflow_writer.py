@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Mapping, Set
 from importlib.metadata import distributions
 from pathlib import Path
@@ -158,10 +157,6 @@ class Writer:
             return self.store
         known, start_time_ms = self._look_back()
         store = Store(self._facts, known, start_time_ms)
-        if self.store is None:
-            # What MLflow has imported stays for good. Looking through it for garbage, again and
-            # again, takes a fifth of the time that writing points takes.
-            gc.freeze()
         if self._is_live:
             store.set_running()
         if self.store is not None and self.store.run_id != store.run_id:

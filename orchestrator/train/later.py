@@ -19,6 +19,8 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
+from orchestrator.imports import uncollected
+
 _PACKAGES = (
     "keras.visualization",
     "keras.wrappers",
@@ -69,5 +71,7 @@ def put_off() -> None:
 
 if __name__ == "__main__":
     put_off()
+    with uncollected():
+        import keras  # noqa: F401  what is run needs it, and TensorFlow with it
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
-import gc
 import json
 import os
 import runpy
@@ -30,6 +29,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from orchestrator.imports import uncollected
 from orchestrator.spec.channel import receive_request, unpack_request
 from orchestrator.train.later import put_off
 
@@ -51,8 +51,6 @@ def main(argv: list[str]) -> int:
     listener.listen(64)
     os.rename(f"{options.socket}.new", options.socket)
     problem = _import_tensorflow()
-    gc.collect()
-    gc.freeze()  # children share these pages as long as the collector leaves them alone
     zygote = _Zygote(listener, options.owner_fd, options.idle_s, problem)
     try:
         zygote.serve()
@@ -67,12 +65,14 @@ def _import_tensorflow() -> str:
     """Import what every worker needs; return what went wrong, or nothing."""
     put_off()
     try:
-        import keras
-        import tensorflow as tf
+        # Children share its pages as long as their collector leaves them alone.
+        with uncollected():
+            import keras
+            import tensorflow as tf
 
-        # Attributes that load modules on first use.
-        _ = (keras.Model, keras.optimizers.Adam, tf.distribute.MultiWorkerMirroredStrategy)
-        _ = (tf.saved_model.save, tf.raw_ops.SaveV2, tf.train.load_checkpoint)
+            # Attributes that load modules on first use.
+            _ = (keras.Model, keras.optimizers.Adam, tf.distribute.MultiWorkerMirroredStrategy)
+            _ = (tf.saved_model.save, tf.raw_ops.SaveV2, tf.train.load_checkpoint)
     except Exception:
         return f"TensorFlow cannot be imported:\n{traceback.format_exc()}"
     return ""
@@ -273,7 +273,9 @@ def _run_worker(payload: bytes, fds: list[int]) -> int:
 
     from orchestrator.spec.messages import Request
     from orchestrator.train.link import Link
-    from orchestrator.train.worker import run
+
+    with uncollected():  # TensorFlow, where this is no fork
+        from orchestrator.train.worker import run
 
     link = Link(*fds)
     signal.signal(signal.SIGTERM, lambda *_: link.ask(Request.SAVE_AND_STOP))

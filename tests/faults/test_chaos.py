@@ -74,7 +74,7 @@ def test_a_checkpoint_that_is_seen_before_it_is_whole_is_found(run: Run) -> None
     assert re.search(said, out), out
 
 
-@pytest.mark.parametrize("is_buried", [True, False])
+@pytest.mark.parametrize("is_buried", [pytest.param(True, marks=pytest.mark.thorough), False])
 def test_a_chief_that_outlives_its_attempt_can_commit_nothing_but_without_fencing(
     run: Run, monkeypatch: pytest.MonkeyPatch, is_buried: bool
 ) -> None:

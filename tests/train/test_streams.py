@@ -111,7 +111,10 @@ def test_an_id_is_a_hash_of_all_bytes_of_an_example() -> None:
         assert (example_ids(changed) != ids).tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize(("kind", "replicas"), [("plain", 2), ("python", 1)])
+@pytest.mark.parametrize(
+    ("kind", "replicas"),
+    [pytest.param("plain", 2, marks=pytest.mark.thorough), ("python", 1)],
+)
 def test_a_stream_stopped_with_examples_read_ahead_resumes_as_if_it_had_not(
     tmp_path: Path, kind: str, replicas: int
 ) -> None:

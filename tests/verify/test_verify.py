@@ -146,7 +146,10 @@ def test_what_cannot_be_compared_here_is_refused(override: str, tmp_path: Path) 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("fault", "code"), [("", 0), ("reduced_twice", 1)])
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [("", 0), pytest.param("reduced_twice", 1, marks=pytest.mark.thorough)],
+)
 def test_the_command_tells_by_its_exit_code(fault: str, code: int, tmp_path: Path) -> None:
     arguments = ["job=small", f"--config-dir={MINE}"]
     if fault:
