@@ -20,7 +20,8 @@ def test_a_run_joins_the_cluster_it_is_told(
     address = f"cluster.address={ray_cluster.address}"
     # The node has this label and this resource; a queue with nobody in it costs nothing.
     chosen = ("+cluster.node_labels.zone=a", "cluster.accelerator_type=H100", "cluster.queue_s=9")
-    ended = train("cluster=existing", address, *chosen, cwd=tmp_path, env=ray_cluster.env)
+    there = ("cluster=existing", address, "export.enabled=false")
+    ended = train(*there, *chosen, cwd=tmp_path, env=ray_cluster.env)
     assert ended.code == 0, ended.out
     np.testing.assert_allclose(rig.losses(ended.run), rig.losses(one_device.run), rtol=1e-6)
     assert not any(rig.is_alive(pid) for pid in rig.worker_pids(ended.run).values())
@@ -138,7 +139,7 @@ def submit(ray_cluster: Cluster, mlflow_server: str, folder: Path, *more: str) -
 def test_a_submitted_job_streams_its_output_and_ends_well(
     ray_cluster: Cluster, mlflow_server: str, tmp_path: Path
 ) -> None:
-    arguments = submit(ray_cluster, mlflow_server, tmp_path)
+    arguments = submit(ray_cluster, mlflow_server, tmp_path, "export.enabled=false")
     process = rig.start("submit", *arguments, cwd=tmp_path, env=ray_cluster.env)
     ended = rig.finish(process, tmp_path)
     assert ended.code == 0, ended.out

@@ -63,7 +63,7 @@ def test_the_worker_says_in_its_log_what_it_was_given(one_device: Ended) -> None
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("strategy=mirrored", "strategy.devices_per_worker=2"),
+        ("strategy=mirrored", "strategy.devices_per_worker=2", "export.enabled=false"),
         ("strategy=multi_worker", "strategy.num_workers=2"),
     ],
     ids=["mirrored", "multi_worker"],
