@@ -54,15 +54,12 @@ def compare_settings(past: Past, plan: RunPlan, params: Mapping[str, str]) -> li
             f"resuming {past.name}: it has made {past.last_step:,} steps, the plan ends at "
             f"{plan.total_steps:,}; raise train.steps or train.epochs"
         )
-    before = past.facts.get("facts", {}).get("params", {})
-    changed = {
-        key: f"{key}={value} was {before[key]}"
-        for key, value in params.items()
-        if key in before and before[key] != value and key not in ONE_START
-    }
+    first, last = (facts.get("facts", {}).get("params", {}) for facts in (past.facts, past.last))
+    changed = _changed(first, params)
+    # A change that was allowed once is how the run has gone on.
     refused = [
         line
-        for key, line in changed.items()
+        for key, line in _changed(last, params).items()
         if key in _SAME_RUN and key not in plan.config.resume_allow
     ]
     if refused:
@@ -72,3 +69,11 @@ def compare_settings(past: Past, plan: RunPlan, params: Mapping[str, str]) -> li
             f"examples each step sees; resume with the old ones, or say resume_allow=[{names}]"
         )
     return [f"since the run was started: {line}" for line in changed.values()]
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key: f"{key}={value} was {before[key]}"
+        for key, value in now.items()
+        if key in before and before[key] != value and key not in ONE_START
+    }

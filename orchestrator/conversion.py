@@ -56,6 +56,11 @@ def convert(arguments: list[str], config_dir: Path | None, cwd: Path) -> None:
     target = (cwd / targets[0]).resolve()
     if target.exists():
         raise ConfigError(f"to={targets[0]}: is there already; choose another name, or remove it")
+    if target.suffix in (".h5", ".keras") and not target.name.endswith(KERAS_FILE):
+        raise ConfigError(
+            f"to={targets[0]}: a file of weights is called {target.stem}{KERAS_FILE}; any other "
+            "name is the folder of a checkpoint"
+        )
     if not target.parent.is_dir():
         raise ConfigError(f"to={targets[0]}: there is no folder {target.parent}")
     runs_dir = next((o.partition("=")[2] for o in given if key_of(o) == "runs_dir"), None)

@@ -32,6 +32,7 @@ class Past:
         attempts: how many attempts were started.
         mlflow_run: MLflow's id, if it was ever known.
         facts: the record the run was started with.
+        last: the record of its last start.
         last_step: the last step that the chief of any attempt reported.
         last_evaluation: the step of the last evaluation that was reported; 0 if none was.
         starts: the step that each attempt went on from.
@@ -46,6 +47,7 @@ class Past:
     attempts: int
     mlflow_run: str | None
     facts: dict[str, Any]
+    last: dict[str, Any]
     last_step: int
     last_evaluation: int
     starts: Mapping[int, int]
@@ -67,12 +69,13 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
     """Read what a run folder's journal tells."""
     status, attempts, mlflow_run, last_step, last_evaluation, format_ = None, 0, None, 0, 0, 0
     facts: dict[str, Any] = {}
+    last: dict[str, Any] = {}
     starts: dict[int, int] = {}
     digests: dict[str, str] = {}
     for record in read(paths.journal):
         kind = record.get("kind")
         if kind == "RunStarted":
-            facts = facts or record
+            facts, last = facts or record, record
             status = None
             format_ = max(format_, int(record.get("format", FORMAT)))
         elif kind == "AttemptStarted":
@@ -96,6 +99,7 @@ def look_back(paths: RunPaths, read: ReadJournal) -> Past:
         attempts=attempts,
         mlflow_run=mlflow_run,
         facts=facts,
+        last=last,
         last_step=last_step,
         last_evaluation=last_evaluation,
         starts=starts,

@@ -341,6 +341,18 @@ def compared(past: Past, folder: Path, **changes: Any) -> list[str]:
     return compare_settings(past, plan, flatten(plan.config))
 
 
+def test_a_change_that_was_allowed_is_how_the_run_goes_on(tmp_path: Path) -> None:
+    starts = [
+        {**STARTED, "facts": {"params": flatten(tiny_config(train__global_batch_size=size))}}
+        for size in (16, 8)
+    ]
+    past = look_back(write_run(tmp_path, "first", *starts, block(0, 8)), read)
+    told = compared(past, tmp_path, resume="first", train__global_batch_size=8)
+    assert told == ["since the run was started: train.global_batch_size=8 was 16"]
+    with pytest.raises(RestoreError, match=r"train\.global_batch_size=16 was 8"):
+        compared(past, tmp_path, resume="first", train__global_batch_size=16)
+
+
 def test_a_run_continued_as_it_was_gives_no_notice(tmp_path: Path) -> None:
     assert compared(past_of(tmp_path), tmp_path, resume="first") == []
 

@@ -6,6 +6,7 @@ position in the data: both follow from the step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from orchestrator.train.replica import is_layer_seed
 
 BUNDLE = "variables"
 _MODEL = "model/"
+# What Keras counts over the whole process, in paths and names of slots: `dense_1_kernel_momentum`.
+_COUNTER = re.compile(r"_\d+(?=[_/]|$)")
 
 
 def named_variables(model: keras.Model, optimizers: Optimizers) -> dict[str, keras.Variable]:
@@ -130,9 +133,14 @@ def restore(
     if differences:
         shown = "\n".join(f"  {line}" for line in differences[:12])
         more = f"\n  and {len(differences) - 12} more" if len(differences) > 12 else ""
+        names = ({_name(key) for key, _ in side.values()} for side in (saved, wanted))
+        odd = set.symmetric_difference(*names)
+        is_rate = bool(odd) and all(name.endswith("/learning_rate") for name in odd)
+        hint = "; a constant learning rate is saved, a schedule is not: look at schedule.*"
         raise RestoreError(
             f"checkpoint {path} does not fit this model and optimizer:\n{shown}{more}\n"
             "resume with the configuration and job it was made with, or start a new run"
+            f"{hint if is_rate else ''}"
         )
     reader = tf.train.load_checkpoint(str(path / BUNDLE))
     for number, (position, (_, variable)) in enumerate(wanted.items(), 1):
@@ -146,7 +154,13 @@ def place_of(key: str) -> str:
     return key.split(":", 1)[0]
 
 
+def _name(key: str) -> str:
+    """Return what a key calls its variable, without what is counted over the process."""
+    return _COUNTER.sub("", key.partition(":")[2])
+
+
 def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """List what does not fit: momenta, say, are of the shapes that squared means have."""
     lines = []
     for position in sorted(saved.keys() | wanted.keys()):
         if position not in wanted:
@@ -156,7 +170,9 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         else:
             entry, variable = saved[position][1], wanted[position][1]
             shape, dtype = list(variable.shape), tf.as_dtype(variable.dtype).name
-            if (entry["shape"], entry["dtype"]) != (shape, dtype):
+            if _name(saved[position][0]) != _name(wanted[position][0]):
+                lines.append(f"{saved[position][0]} in the checkpoint, {wanted[position][0]} here")
+            elif (entry["shape"], entry["dtype"]) != (shape, dtype):
                 lines.append(
                     f"{saved[position][0]}: {entry['dtype']} {entry['shape']} in the checkpoint, "
                     f"{dtype} {shape} in the model"

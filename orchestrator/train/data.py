@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from orchestrator.train.ragged import bucket_lengths
-from orchestrator.train.sources import Source, bucket_key
+from orchestrator.train.sources import Source, bucket_key, declared
 
 # Below this, RandomIndexShuffle's cipher works on too few bits to look random (measured).
 _SMALLEST_COMPUTED = 10_000
@@ -186,7 +186,8 @@ def fetch_block(source: Source, ids: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         For each feature an array [steps, batch, ...], and int32 [steps] for each `bucket_key`.
     """
-    rows = source.fetch(ids.reshape(-1))
+    given = source.fetch(ids.reshape(-1))
+    rows = declared(f"source {source.name!r}: fetch()", source.features, given, ids.size)
     block = {name: array.reshape(*ids.shape, *array.shape[1:]) for name, array in rows.items()}
     if source.buckets is not None:
         buckets = bucket_lengths(block["length"], source.buckets)

@@ -13,6 +13,7 @@ import tarfile
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -21,6 +22,8 @@ Progress = Callable[[str], None]
 _CHUNK_BYTES = 2**18
 # Connecting and every read: a mirror that a firewall swallows must not hold up the next way.
 _SOCKET_TIMEOUT_S = 10.0
+# What urllib raises; HTTPException where a server or a proxy breaks off or answers something else.
+_BROKEN = (OSError, ValueError, HTTPException)
 # npm prints nothing while it downloads; a cache that does not grow for so long has stalled.
 _NPM_STALL_S = 60.0
 _NPM_POLL_S = 0.2
@@ -70,7 +73,7 @@ class WebFile:
                 path.open("wb") as file,
             ):
                 found = self._copy(response, file, progress)
-        except (OSError, ValueError) as error:
+        except _BROKEN as error:
             raise DownloadError(one_line(error)) from error
         if found != self._sha256:
             raise DownloadError(f"what came has SHA-256 {found}, expected {self._sha256}")
@@ -111,7 +114,7 @@ class WebFiles:
                     while chunk := response.read(_CHUNK_BYTES):
                         num_bytes += file.write(chunk)
                         progress(_amount(self._label, num_bytes, self._size_bytes))
-            except (OSError, ValueError) as error:
+            except _BROKEN as error:
                 raise DownloadError(f"{path.name}: {one_line(error)}") from error
         return paths
 

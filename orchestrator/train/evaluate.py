@@ -128,7 +128,8 @@ class Evaluation:
                 "divide by; look at what the job's losses() gives as weight"
             )
         sums_by_name = {name: column[0] for name, column in columns.items()}
-        return dict(self._job.summarise(sums_by_name, float(total[0])))
+        summary = self._job.summarise(sums_by_name, float(total[0]))
+        return {name: _number(name, value) for name, value in summary.items()}
 
     def _must_cut_short(self) -> bool:
         """Tell whether what fills up the last batch could be seen in a term; traces the steps."""
@@ -197,3 +198,14 @@ class Evaluation:
         self._has_terms = bool(outcome.terms)
         self._layout, sums = weighted_sums(outcome, ids.shape[1], tf.float64, mask=weights[i])
         return sums
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a metric as a plain number, which can be told, whatever kind of scalar it is."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise JobError(
+            f"summarise() gives the metric {name!r} as {type(value).__name__}: return one number "
+            "for each name"
+        ) from error

@@ -149,9 +149,13 @@ class Job:
             parts = [_scalar("a loss of the model (add_loss)", part) for part in model.losses]
             dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.size)
             terms["regularisation"] = tf.add_n([tf.cast(part, dtype) for part in parts])
-        return Outcome(
-            loss=self.loss(batch, outputs), terms=terms, metrics=self.metrics(batch, outputs)
-        )
+        loss = self.loss(batch, outputs)
+        if loss is None:
+            raise JobError(
+                f"{type(self).__name__}.loss() returned None: return the loss of each example, "
+                "[batch]"
+            )
+        return Outcome(loss=loss, terms=terms, metrics=self.metrics(batch, outputs))
 
     def parameter_groups(self, model: keras.Model) -> dict[str, list[keras.Variable]]:
         """Name the sets of variables that have an optimizer each (`optimizer.groups.<name>`)."""

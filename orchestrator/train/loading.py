@@ -38,7 +38,7 @@ def make_job(
         data_dir: where downloads are kept.
 
     Raises:
-        JobError: it is not a subclass of Job, or does not accept its arguments.
+        JobError: it is not a subclass of Job, or does not accept its arguments or the data's place.
     """
     module_name, _, class_name = dotted_name.rpartition(".")
     module = importlib.import_module(module_name)
@@ -52,8 +52,14 @@ def make_job(
         job = job_class(**args)
     except TypeError as error:
         raise JobError(f"{class_name}(**job.args) with job.args={masked(args)}: {error}") from error
-    job.data_path = data_path
-    job.data_dir = data_dir
+    try:
+        job.data_path = data_path
+        job.data_dir = data_dir
+    except AttributeError as error:
+        raise JobError(
+            f"{class_name} cannot be told where its data is: {error}; a job that is a dataclass "
+            "is not frozen"
+        ) from error
     return translated(job)
 
 

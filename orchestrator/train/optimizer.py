@@ -285,7 +285,8 @@ def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[keras.V
     if unknown:
         raise JobError(
             f"optimizer.groups.{unknown[0]}: parameter_groups() of the job has "
-            f"{', '.join(sorted(groups))}; name one of these"
+            f"{', '.join(sorted(groups))}; name one of these (a group that train.freeze leaves "
+            "nothing of is none)"
         )
     seen: dict[int, str] = {}
     for name, variables in groups.items():

@@ -42,12 +42,14 @@ class RaggedSource(Source):
             origin: where it comes from.
 
         Raises:
-            JobError: no rows, rows that do not fit together, or one that is too long.
+            JobError: no rows, rows that do not fit together, or one that is too long; or a
+                feature is called as the rows, or `length`.
         """
         self.name = name
         self.origin = origin
         self.buckets = tuple(sorted(set(buckets)))
         self._feature = feature
+        self._refuse_names(fixed or {})
         arrays = [np.asarray(row) for row in rows]
         lengths = np.array([len(row) if row.ndim else 0 for row in arrays], np.int32)
         self._check_lengths(lengths)
@@ -81,6 +83,13 @@ class RaggedSource(Source):
         rows = self._flat.fetch(places)[self._feature]
         rows[~inside] = 0
         return {self._feature: rows, **self._fixed.fetch(indices)}
+
+    def _refuse_names(self, fixed: Mapping[str, Any]) -> None:
+        for name, what in (("length", "the length of each row"), (self._feature, "the rows")):
+            if name in fixed or (name == self._feature == "length"):
+                raise JobError(
+                    f"source {self.name!r}: the feature {name!r} is {what}: give yours another name"
+                )
 
     def _check_lengths(self, lengths: np.ndarray) -> None:
         if not len(lengths) or lengths.min() < 1:

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from orchestrator.errors import JobError
 from orchestrator.train.record_index import FRAME_BYTES, HEADER_BYTES, FileIndex, index_files
-from orchestrator.train.sources import Feature, Source
+from orchestrator.train.sources import Feature, Source, declared
 
 Parse = Callable[[Any], Mapping[str, Any]]
 
@@ -103,10 +103,7 @@ class RecordSource(Source):
                 rows = self._parse(serialized)
             except tf.errors.OpError as error:
                 raise self._unfit(indices, records, error) from error
-        return {
-            key: self._fitting(key, feature, rows, len(records))
-            for key, feature in self._features.items()
-        }
+        return declared(f"source {self.name!r}: parse()", self._features, rows, len(records))
 
     def read(self, indices: np.ndarray) -> list[bytes]:
         """Return the serialized records at some indices, as they were written."""
@@ -138,25 +135,6 @@ class RecordSource(Source):
         if zlib.crc32(data) != int(index.checksums[row]):
             raise JobError(f"{where} does not have the content that was indexed; {again}")
         return data
-
-    def _fitting(
-        self, key: str, feature: Feature, rows: Mapping[str, Any], num_rows: int
-    ) -> np.ndarray:
-        """Return one parsed feature if it is what was declared."""
-        if not isinstance(rows, Mapping) or key not in rows:
-            given = ", ".join(rows) if isinstance(rows, Mapping) else type(rows).__name__
-            raise JobError(
-                f"source {self.name!r}: parse() gives no feature {key!r} but {given}; return a "
-                "tensor for each of `features`"
-            )
-        array = np.asarray(rows[key])
-        if (array.dtype.name, array.shape) != (feature.dtype, (num_rows, *feature.shape)):
-            raise JobError(
-                f"source {self.name!r}: parse() gives feature {key!r} as {array.dtype.name} "
-                f"{list(array.shape)} for {num_rows} records, declared is {feature} each; change "
-                "one of them"
-            )
-        return array
 
     def _unfit(self, indices: np.ndarray, records: list[bytes], error: Exception) -> JobError:
         """Find the first record that cannot be parsed, and say why."""

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from orchestrator.errors import JobError
 from orchestrator.spec.footprint import Footprint, Rehearsal, Trouble
 from orchestrator.spec.footprint import Split as FoundSplit
 from orchestrator.spec.plan import RunPlan, split_evenly
@@ -38,6 +37,7 @@ from orchestrator.train.loading import checked_model, load_job, load_source
 from orchestrator.train.optimizer import Optimizers
 from orchestrator.train.replica import Replicas
 from orchestrator.train.report import one_line, user_frame
+from orchestrator.train.serving import refuse_unservable
 from orchestrator.train.sources import Source, Split
 
 # A look at a graph that was traced on a CPU: the sizes of tensors are those of a GPU's too.
@@ -215,7 +215,7 @@ def troubles(
         attempt(
             "the export",
             "mend the job's serve(), or set export.enabled=false",
-            lambda: _serve(job, eval_source or source, built.model),
+            lambda: refuse_unservable(job, eval_source or source, built.model),
         )
     return found
 
@@ -237,23 +237,6 @@ def _evaluate(plan: RunPlan, job: Job, source: Source, built: Built) -> None:
     names = evaluation.metric_names()
     if plan.config.best.metric is not None and names is not None:
         require_metric(plan.config.best.metric, dict.fromkeys(names))
-
-
-def _serve(job: Job, source: Source, model: keras.Model) -> None:
-    """Trace what the exported model answers.
-
-    Raises:
-        JobError: it is not one tensor with an answer for each input.
-    """
-    feature = job.serving_input() or source.features["x"]
-    spec = tf.TensorSpec([None, *feature.shape], feature.dtype)
-    answers = (
-        tf.function(lambda inputs: job.serve(model, inputs), autograph=False)
-        .get_concrete_function(spec)
-        .structured_outputs
-    )
-    if not tf.is_tensor(answers) or answers.shape.rank == 0:
-        raise JobError(f"serve() gave {answers}: return one tensor, [batch, ...]")
 
 
 def _bytes(variables: Sequence[Any]) -> int:

@@ -211,14 +211,15 @@ def folder_gauge(folder: Path) -> Callable[[], str]:
 def user_frame(error: BaseException) -> str:
     """Return the innermost frame in the user's own code: `file:line in function: source line`.
 
-    AutoGraph cuts the traceback and tells the frames in the error's text, so both are searched.
+    AutoGraph cuts the traceback and tells the frames in the error's text, so both are searched; of
+    an error that explains another one, the other's too.
     """
-    frames = [
-        (frame.filename, frame.lineno or 0, frame.name)
-        for frame in traceback.extract_tb(error.__traceback__)
-    ]
-    for match in _FRAME_IN_TEXT.finditer(str(error)):
-        frames.append((match["file"], int(match["line"]), match["name"]))
+    frames = []
+    for told in filter(None, (error, error.__cause__)):
+        for frame in traceback.extract_tb(told.__traceback__):
+            frames.append((frame.filename, frame.lineno or 0, frame.name))
+        for match in _FRAME_IN_TEXT.finditer(str(told)):
+            frames.append((match["file"], int(match["line"]), match["name"]))
     for file, line, name in reversed(frames):
         if _is_users(file):
             return f"{file}:{line} in {name}: {_source_line(file, line)}"

@@ -1,7 +1,8 @@
-"""Whether `serve` treats the model as evaluation does: what a comparison of answers cannot see.
+"""Whether a job can serve its model, and does so as evaluation treats it.
 
-The exported model is compared with the live one, and both answer by `serve`: a `serve` that leaves
-dropout on, or forgets to scale its inputs, would agree with itself.
+The first is looked at before anything is trained. The second is what a comparison of answers cannot
+see: the exported model is compared with the live one, and both answer by `serve`; a `serve` that
+leaves dropout on, or forgets to scale its inputs, would agree with itself.
 """
 
 from __future__ import annotations
@@ -12,12 +13,52 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from orchestrator.errors import ExportError
+from orchestrator.errors import ExportError, JobError, OrchestratorError
 from orchestrator.train.job import Job
+from orchestrator.train.report import one_line
 from orchestrator.train.sources import Source
 
 # Of the largest input: scaling once in float32 and once in float64 is the same to about 1e-7.
 _TOLERANCE = 1e-3
+
+
+def refuse_unservable(job: Job, source: Source, model: keras.Model) -> None:
+    """Trace what the exported model answers.
+
+    Raises:
+        JobError: nothing tells what it takes, or `serve` does not take it, or does not give one
+            tensor with an answer for each input.
+    """
+    feature = job.serving_input() or source.features.get("x")
+    ways = "write serving_input() and serve() for it, or set export.enabled=false"
+    if feature is None:
+        raise JobError(
+            f"the exported model takes the feature x, and {type(job).__name__} has "
+            f"{', '.join(source.features)}: {ways}"
+        )
+    try:
+        dtype = tf.as_dtype(feature.dtype)
+        if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+            raise TypeError("no numbers")
+        np.zeros(0, feature.dtype)
+    except TypeError as error:
+        raise JobError(
+            f"the exported model takes {feature}: it is proven on numbers ({error}); {ways}"
+        ) from error
+    spec = tf.TensorSpec([None, *feature.shape], feature.dtype)
+    served = tf.function(lambda inputs: job.serve(model, inputs), autograph=False)
+    try:
+        answers = served.get_concrete_function(spec).structured_outputs
+    except OrchestratorError:
+        raise
+    except Exception as error:
+        raise JobError(
+            f"the exported model cannot answer: serve() of {type(job).__name__} fails on {feature} "
+            f"alone, {one_line(error)}. What serve() calls, such as prepare(), gets nothing but "
+            f"the input: {ways}"
+        ) from error
+    if not tf.is_tensor(answers) or answers.shape.rank == 0:
+        raise JobError(f"serve() gave {answers}: return one tensor, [batch, ...]; {ways}")
 
 
 class _Watched:

@@ -202,3 +202,39 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
         digest.update(f"{key} {array.dtype.name} {array.shape}\n".encode())
         digest.update(array.data if array.size else b"")
     return digest.hexdigest()
+
+
+def declared(
+    who: str, features: Mapping[str, Feature], rows: Any, num_rows: int
+) -> dict[str, np.ndarray]:
+    """Return rows if they are what was declared.
+
+    Args:
+        who: gives them, such as `source 'waves': fetch()`.
+        features: what was declared.
+        rows: an array for each feature, [num_rows, ...].
+        num_rows: how many were asked for.
+
+    Raises:
+        JobError: a feature is missing, or of another dtype or shape.
+    """
+    fitting = {}
+    for name, feature in features.items():
+        if not isinstance(rows, Mapping) or name not in rows:
+            given = ", ".join(rows) if isinstance(rows, Mapping) else type(rows).__name__
+            raise JobError(
+                f"{who} gives no feature {name!r} but {given}; return an array for each of "
+                "`features`"
+            )
+        array = np.asarray(rows[name])
+        shape = (num_rows, *feature.shape)
+        fits = len(array.shape) == len(shape) and all(
+            wanted in (had, None) for had, wanted in zip(array.shape, shape, strict=True)
+        )
+        if not fits or array.dtype.name != feature.dtype:
+            raise JobError(
+                f"{who} gives the feature {name!r} as {array.dtype.name} {list(array.shape)} for "
+                f"{num_rows} examples, declared is {feature} each; change one of them"
+            )
+        fitting[name] = array
+    return fitting

@@ -12,6 +12,14 @@ import tensorflow as tf
 from orchestrator.errors import JobError
 from orchestrator.train.job import Outcome, at_least_float32
 
+# Names of what is told of every step.
+_TAKEN = {
+    "loss": "the loss itself",
+    "gradient_norm": "the norm of the gradient",
+    "loss_scale": "the loss scale of float16",
+    "learning_rate": "the learning rate",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -44,11 +52,12 @@ def weighted_sums(outcome: Outcome, size: int, dtype: Any, mask: Any = None) -> 
 
     Raises:
         JobError: loss, a metric or the weights do not have one row an example; or a metric is
-            called loss.
+            called as what is told of every step.
     """
     loss = at_least_float32(outcome.loss)
-    if "loss" in outcome.metrics:
-        raise JobError("a metric is called loss, as the loss itself is: give it another name")
+    for name, what in _TAKEN.items():
+        if name in outcome.metrics:
+            raise JobError(f"a metric is called {name}, as {what} is: give it another name")
     columns = {"loss": loss + outcome.added(loss.dtype) if outcome.terms else loss}
     columns.update(outcome.metrics)
     layout = _layout(columns, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from orchestrator.errors import ExportError
 from orchestrator.spec.messages import (
     Ended,
     Exported,
@@ -27,6 +28,7 @@ from orchestrator.train.loop import Loop
 from orchestrator.train.making import Made, assemble, make
 from orchestrator.train.report import Reporter, folder_gauge
 from orchestrator.train.saver import owes_evaluation, require_staging
+from orchestrator.train.serving import refuse_unservable
 
 # How long the story of an error waits for a checkpoint that is being written.
 _SAVE_PATIENCE_S = 10.0
@@ -66,6 +68,8 @@ def _live(order: WorkerOrder, reporter: Reporter, pending: Callable[[], set[Requ
     start_step = _begin_with(order, reporter, made)
     reporter.step = start_step
     tell_ready(order, reporter, made.devices, made.model, start_step)
+    if is_chief and plan.config.export.enabled and order.restore_from is None:
+        refuse_unservable(made.job, made.eval_source or made.train_source, made.model)
 
     parts = assemble(order, reporter, pending, made)
     try:
@@ -115,10 +119,13 @@ def _tell_end(reporter: Reporter, made: Made, best: BestEvaluation | None) -> No
     """Say why training ended, if early, and what the job itself has to say."""
     if best is not None and best.is_exhausted:
         state = best.state
+        story = f"had no better eval/{state.metric} than {state.value} at step {state.step}"
+        if state.step is None:
+            story = f"had an eval/{state.metric} that is no number"
         reporter.tell(
             Notice,
             text=f"early stopping at step {reporter.step:,}: {state.num_worse} evaluations in a "
-            f"row had no better eval/{state.metric} than {state.value} at step {state.step}",
+            f"row {story}",
         )
     with reporter.within(Phase.calling_back):
         text = made.job.on_end(made.model)
@@ -128,11 +135,18 @@ def _tell_end(reporter: Reporter, made: Made, best: BestEvaluation | None) -> No
 
 
 def _exported_checkpoint(plan: RunPlan, best: BestEvaluation | None, step: int) -> Path | None:
-    """Return the checkpoint to export; None for the weights that the model has."""
-    if plan.config.export.weights is not Weights.best or best is None:
+    """Return the checkpoint to export; None for the weights that the model has.
+
+    Raises:
+        ExportError: none is the best.
+    """
+    if plan.config.export.weights is not Weights.best or best is None or best.state.step == step:
         return None
-    if best.state.step in (None, step):
-        return None
+    if best.state.step is None:
+        raise ExportError(
+            f"export.weights=best: eval/{best.state.metric} was a number in no evaluation; look "
+            "at the metric, or export the last ones with export.weights=last"
+        )
     return plan.paths.checkpoints_dir / store.checkpoint_name(best.state.step)
 
 

@@ -33,7 +33,7 @@ class Poisoned(Tiny):
         self.hidden = hidden
 
     def prepare(self, batch: Batch, *, training: bool, seeds: Any) -> Batch:
-        bad = tf.zeros_like(batch["y"], tf.bool)
+        bad = tf.zeros(tf.shape(batch["x"])[:1], tf.bool)
         if training and self.positions:
             bad = tf.reduce_any(seeds[:, :1] == tf.constant(self.positions, tf.int64), axis=1)
         return {**batch, "bad": bad}

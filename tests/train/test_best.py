@@ -224,6 +224,22 @@ def test_a_damaged_best_checkpoint_is_not_exported(tmp_path: Path) -> None:
     assert "export.weights=last" in failed.error
 
 
+class Numberless(Tiny):
+    def summarise(self, sums: Any, weight: float) -> Any:
+        return {**super().summarise(sums, weight), "f1": math.nan}
+
+
+def test_there_is_no_best_to_export_where_no_evaluation_gave_a_number(tmp_path: Path) -> None:
+    job = {"job__class_name": f"{__name__}.Numberless"}
+    best = {**RISING, "best__metric": "f1", "best__patience": 2}
+    told = live(tmp_path, export__weights=Weights.best, **best, **job)
+    assert "2 evaluations in a row had an eval/f1 that is no number" in only(told, Notice)[-1].text
+    [failed] = only(told, Failed)
+    assert failed.cause is Cause.export and not only(told, Exported)
+    assert "eval/f1 was a number in no evaluation" in failed.error
+    assert "export.weights=last" in failed.error
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_the_metrics_are_known_before_the_first_evaluation(tmp_path: Path, replicas: int) -> None:
     evaluation = make_rig(tmp_path, Tiny(), replicas=replicas).evaluation

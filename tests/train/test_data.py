@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
+from orchestrator.errors import JobError
 from orchestrator.spec.plan import split_evenly
-from orchestrator.train.data import Feeder, Order, evaluation_ids, ledger_hash, make_shards
-from orchestrator.train.sources import ArraySource
+from orchestrator.train.data import (
+    Feeder,
+    Order,
+    evaluation_ids,
+    fetch_block,
+    ledger_hash,
+    make_shards,
+)
+from orchestrator.train.sources import ArraySource, Feature, Source
 
 SIZES = [7, 96, 9_999, 10_000, 20_011]
 
@@ -204,3 +214,40 @@ def test_a_shard_that_goes_wrong_changes_the_ledger(fault: str) -> None:
         total += ledger_hash(used(1, 3), 2) - ledger_hash(used(1, 2), 2)
     assert total % 2**64 != expected
     assert expected == ledger((4, 4, 4))
+
+
+class Own(Source):
+    """A user's own source, which gives something."""
+
+    name, origin, num_examples, digest = "own", "a test", 40, "0"
+
+    def __init__(self, give: Callable[[dict[str, np.ndarray]], Any]):
+        self._give = give
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        return {"x": Feature("float32", (2,)), "y": Feature("int64")}
+
+    def fetch(self, indices: np.ndarray) -> Any:
+        rows = {"x": np.zeros((len(indices), 2), "float32"), "y": np.array(indices)}
+        return self._give(rows)
+
+
+@pytest.mark.parametrize(
+    ("give", "told"),
+    [
+        (lambda rows: rows | {"x": rows["x"].astype("float64")}, r"'x' as float64 \[6, 2\]"),
+        (lambda rows: rows | {"x": rows["x"][1:]}, r"'x' as float32 \[5, 2\] for 6 examples"),
+        (lambda rows: rows | {"x": rows["x"][:, :1]}, r"is float32 \[2\] each"),
+        (lambda rows: {"x": rows["x"]}, "no feature 'y' but x"),
+        (lambda rows: list(rows.values()), "no feature 'x' but list"),
+    ],
+)
+def test_what_a_source_gives_is_what_it_declares(
+    give: Callable[[dict[str, np.ndarray]], Any], told: str
+) -> None:
+    ids = np.arange(6).reshape(3, 2)
+    with pytest.raises(JobError, match=r"source 'own': fetch\(\) gives .*" + told):
+        fetch_block(Own(give), ids)
+    lists = fetch_block(Own(lambda rows: rows | {"y": rows["y"].tolist(), "more": 1}), ids)
+    assert {name: array.shape for name, array in lists.items()} == {"x": (3, 2, 2), "y": (3, 2)}

@@ -28,7 +28,15 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             if self.path == "/gone.npz":
                 self.send_error(404)
                 return
+            if self.path == "/other.npz":  # a proxy that speaks something else
+                self.wfile.write(b"no HTTP at all\r\n")
+                return
             self.send_response(200)
+            if self.path == "/chunk.npz":
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"ffff\r\nbroken off")
+                return
             self.send_header("Content-Length", str(len(CONTENT)))
             self.end_headers()
             self.wfile.write(CONTENT[:-1] if self.path == "/cut.npz" else CONTENT)
@@ -57,7 +65,13 @@ def test_a_file_is_fetched_with_its_progress(address: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("path", "told"), [("/gone.npz", "404"), ("/cut.npz", "SHA-256|incomplete|read")]
+    ("path", "told"),
+    [
+        ("/gone.npz", "404"),
+        ("/cut.npz", "SHA-256|incomplete|read"),
+        ("/other.npz", "no HTTP at all"),
+        ("/chunk.npz", "IncompleteRead"),
+    ],
 )
 def test_an_address_that_fails_says_why(address: str, tmp_path: Path, path: str, told: str) -> None:
     with pytest.raises(DownloadError, match=told):

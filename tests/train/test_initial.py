@@ -259,28 +259,47 @@ def test_a_frozen_batch_normalisation_keeps_its_statistics(tmp_path: Path) -> No
         assert {path for path in first if np.array_equal(first[path], last[path])} == kept
 
 
-def test_frozen_layers_in_nested_models_and_own_groups() -> None:
-    def part(name: str) -> keras.Model:
-        layers = [keras.layers.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(8)]
-        return keras.Sequential(layers, name=name)
+class TwoParts(Tiny):
+    def model(self) -> keras.Model:
+        def part(name: str) -> keras.Model:
+            layers = [keras.layers.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(8)]
+            return keras.Sequential(layers, name=name)
 
-    class Two(Tiny):
-        def model(self) -> keras.Model:
-            inputs = keras.Input((8,))
-            return keras.Model(inputs, part("head")(part("backbone")(inputs)))
+        inputs = keras.Input((8,))
+        return keras.Model(inputs, part("head")(part("backbone")(inputs)))
 
-        def parameter_groups(self, model: keras.Model) -> dict[str, list[keras.Variable]]:
-            return {
-                name: model.get_layer(name).trainable_variables for name in ("backbone", "head")
-            }
+    def parameter_groups(self, model: keras.Model) -> dict[str, list[keras.Variable]]:
+        return {name: model.get_layer(name).trainable_variables for name in ("backbone", "head")}
 
-    job = Two()
+
+def test_frozen_layers_in_nested_models_and_own_groups(tmp_path: Path) -> None:
+    job = TwoParts()
     model = job.model()
     text = freeze(job, model, ["backbone/*"])
     assert text.splitlines()[0] == "frozen: 4 of 8 trainable variables"
     assert not model.get_layer("backbone").trainable_variables
+    # Of the group that is frozen as a whole nothing is left to optimize.
     groups = job.parameter_groups(model)
-    assert [len(groups[name]) for name in ("backbone", "head")] == [0, 4]
+    assert {name: len(group) for name, group in groups.items()} == {"head": 4}
+    own = {"job__class_name": f"{__name__}.TwoParts", "export__enabled": False}
+    told = live(tmp_path, train__freeze=["backbone/*"], **own)
+    assert only(told, Ended) and not only(told, Failed)
+
+
+@pytest.mark.parametrize("pattern", ["backbone", "backbone/*", "*bone/block*/kernel"])
+def test_a_functional_model_inside_another_is_frozen_by_its_name(pattern: str) -> None:
+    inputs = keras.Input((8,))
+    inner = keras.layers.Dense(8, name="block_1")(inputs)
+    inner = keras.layers.BatchNormalization(name="block_2")(inner)
+    backbone = keras.Model(inputs, keras.layers.Dense(8)(inner), name="backbone")
+    outer = keras.Input((8,))
+    model = keras.Model(outer, keras.layers.Dense(3, name="head")(backbone(outer)))
+    text = freeze(Tiny(), model, [pattern])
+    if pattern.startswith("backbone"):
+        assert [v.path for v in model.trainable_variables] == ["head/kernel", "head/bias"]
+        assert not backbone.trainable and not backbone.get_layer("block_2").trainable
+    else:
+        assert text.splitlines()[1:] == ["  backbone/block_1/kernel"]
 
 
 def test_a_frozen_run_is_resumed(tmp_path: Path) -> None:

@@ -66,6 +66,19 @@ def test_rows_that_do_not_fit_are_refused(rows: list[np.ndarray], told: str) -> 
         RaggedSource(rows, buckets=(4, 8))
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ({"fixed": {"length": [1, 2]}}, "'length' is the length of each row"),
+        ({"fixed": {"x": [1, 2]}}, "'x' is the rows"),
+        ({"feature": "length"}, "'length' is the length of each row"),
+    ],
+)
+def test_names_that_are_taken_are_refused(names: dict[str, Any], told: str) -> None:
+    with pytest.raises(JobError, match=told):
+        RaggedSource([np.ones(2), np.ones(4)], buckets=[4, 8], **names)
+
+
 def test_the_digest_knows_where_one_row_ends() -> None:
     first = RaggedSource([np.arange(3), np.arange(2)], buckets=[4])
     second = RaggedSource([np.arange(3), np.arange(2)], buckets=[4])

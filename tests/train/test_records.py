@@ -159,7 +159,9 @@ def test_records_of_any_kind_are_parsed_by_the_jobs_own_function(tmp_path: Path)
         parse=lambda serialized: {"pair": tf.io.decode_raw(serialized, tf.int16)},
     )
     assert source.fetch(np.array([3, 19]))["pair"].tolist() == [[3, -3], [19, -19]]
-    with pytest.raises(JobError, match=r"as int16 \[1, 2\] for 1 records, declared is int16 \[3\]"):
+    with pytest.raises(
+        JobError, match=r"as int16 \[1, 2\] for 1 examples, declared is int16 \[3\]"
+    ):
         RecordSource(
             path,
             {"pair": Feature("int16", (3,))},

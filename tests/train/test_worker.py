@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,83 @@ def test_a_rate_that_was_changed_counts_from_the_checkpoint_on(tmp_path: Path) -
     before, after = (read_model(Path(path)) for path in (saved.path, last.path))
     for name, weight in before.items():
         np.testing.assert_allclose(after[name], weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"name": OptimizerName.sgd, "momentum": 0.9}, {"name": OptimizerName.rmsprop}),
+        ({"name": OptimizerName.adam}, {"name": OptimizerName.adamax}),
+    ],
+)
+def test_the_slots_of_another_optimizer_are_refused_though_they_have_the_same_shapes(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    first, second = ({f"optimizer__{k}": v for k, v in o.items()} for o in (before, after))
+    (saved, *_) = only(live(tmp_path, train__steps=4, export__enabled=False, **first), Saved)
+    told = live(tmp_path, attempt=2, restore_from=saved.path, train__steps=8, **second)
+    [failed] = only(told, Failed)
+    assert failed.cause is Cause.restore
+    old, new = before["name"].value, after["name"].value
+    assert re.search(rf"(?i)optimizer/all/2:{old}/\S+ in the checkpoint", failed.error)
+    assert re.search(rf"(?i)optimizer/all/2:{new}/\S+ here", failed.error)
+    assert "schedule" not in failed.error
+
+
+def test_a_schedule_that_was_switched_on_is_named(tmp_path: Path) -> None:
+    (saved, *_) = only(live(tmp_path, train__steps=4, export__enabled=False), Saved)
+    more = {"train__steps": 8, "schedule__warmup_steps": 2}
+    [failed] = only(live(tmp_path, attempt=2, restore_from=saved.path, **more), Failed)
+    assert failed.error.endswith("a schedule is not: look at schedule.*")
+
+
+class Twins(Tiny):
+    """Two layers of one shape, in the order of their names or the other way round."""
+
+    def __init__(self, names: tuple[str, str]):
+        super().__init__()
+        self.names = names
+
+    def model(self) -> keras.Model:
+        layers = [keras.layers.Dense(8, name=name) for name in self.names]
+        return keras.Sequential([keras.layers.Input((8,)), *layers, keras.layers.Dense(3)])
+
+
+def test_layers_of_one_shape_that_have_changed_places_are_refused(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"job__class_name": f"{__name__}.Twins", "export__enabled": False}
+    told = live(tmp_path, train__steps=4, job__args={"names": ["one", "two"]}, **changes)
+    again = {"attempt": 2, "restore_from": only(told, Saved)[0].path, **changes}
+    told = live(tmp_path, job__args={"names": ["two", "one"]}, **again)
+    [failed] = only(told, Failed)
+    assert re.search(r"model/0:\S*one/kernel in the checkpoint, \S*two/kernel here", failed.error)
+    assert not only(live(tmp_path, job__args={"names": ["one", "two"]}, **again), Failed)
+
+
+class Summarised(Tiny):
+    """Gives metrics that are no plain numbers."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what = what
+
+    def summarise(self, sums: Any, weight: float) -> Any:
+        odd = {"tensor": tf.constant(0.5), "numpy": np.float32(0.5), "rows": tf.zeros([2])}
+        return {**super().summarise(sums, weight), "odd": odd[self.what]}
+
+
+@pytest.mark.parametrize("what", ["tensor", "numpy", "rows"])
+def test_metrics_of_a_summary_are_told_as_plain_numbers(tmp_path: Path, what: str) -> None:
+    job = {"job__class_name": f"{__name__}.Summarised", "job__args": {"what": what}}
+    told = live(tmp_path, best__metric="odd", best__mode=BestMode.max, **job)
+    if what == "rows":
+        [failed] = only(told, Failed)
+        assert failed.cause is Cause.job
+        assert "summarise() gives the metric 'odd' as" in failed.error
+        return
+    [evaluated] = only(told, Evaluated)
+    assert all(type(value) is float for value in evaluated.metrics.values())
+    best = store.read_manifest(Path(only(told, Saved)[-1].path))[MANIFEST_KEY]
+    assert best["value"] == 0.5
 
 
 def only(told: list[Message], kind: type) -> list[Any]:
