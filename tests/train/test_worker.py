@@ -95,9 +95,7 @@ def test_the_slots_of_another_optimizer_are_refused_though_they_have_the_same_sh
     told = live(tmp_path, attempt=2, restore_from=saved.path, train__steps=8, **second)
     [failed] = only(told, Failed)
     assert failed.cause is Cause.restore
-    old, new = before["name"].value, after["name"].value
-    assert re.search(rf"(?i)optimizer/all/2:{old}/\S+ in the checkpoint", failed.error)
-    assert re.search(rf"(?i)optimizer/all/2:{new}/\S+ here", failed.error)
+    assert re.search(r"all/2:\S+_kernel_m\w+ in the checkpoint, \S+all/2:\S+ here", failed.error)
     assert "schedule" not in failed.error
 
 
