@@ -116,6 +116,12 @@ def _run(verb: str, rest: list[str]) -> int:
     return verbs[verb](overrides, config_dir)
 
 
+def _one_folder(before: Path | None, folder: str) -> Path:
+    if before is not None:
+        raise ConfigError(f"--config-dir={folder}: {before} is given already, and one is possible")
+    return Path(folder)
+
+
 def _split_options(rest: list[str]) -> tuple[list[str], Path | None]:
     """Separate `--config-dir DIR` from the overrides."""
     overrides: list[str] = []
@@ -126,9 +132,9 @@ def _split_options(rest: list[str]) -> tuple[list[str], Path | None]:
             folder = next(arguments, None)
             if folder is None:
                 raise ConfigError("--config-dir needs a folder")
-            config_dir = Path(folder)
+            config_dir = _one_folder(config_dir, folder)
         elif argument.startswith("--config-dir="):
-            config_dir = Path(argument.partition("=")[2])
+            config_dir = _one_folder(config_dir, argument.partition("=")[2])
         elif argument.startswith("-"):
             raise ConfigError(f"{argument}: there is no such option; keys are set as KEY=VALUE")
         else:
@@ -247,7 +253,7 @@ def _ui(overrides: list[str], config_dir: Path | None) -> int:
         if not equals or key not in known:
             raise ConfigError(f"ui: {override}: takes {', '.join(f'{key}=' for key in known)}")
         known[key] = value
-    if known["port"] and not known["port"].isdigit():
+    if known["port"] and not known["port"].isdecimal():
         raise ConfigError(f"port={known['port']}: must be a whole number")
     from orchestrator.spec.config import resolve_uri
     from orchestrator.spec.plan import absolute_uri

@@ -164,7 +164,7 @@ def _settings(word: str, arguments: list[str], known: tuple[str, ...]) -> dict[s
 
 def _worker(settings: Mapping[str, str]) -> int | None:
     text = settings.get("worker")
-    if text is None or text.isdigit():
+    if text is None or text.isdecimal():
         return None if text is None else int(text)
     raise ConfigError(f"worker={text}: the index of a worker is meant, from 0")
 

@@ -59,7 +59,7 @@ def _given(arguments: list[str]) -> dict[str, str]:
             "serve: name either run=RUN, a run's folder, or model=NAME, model=NAME/VERSION or "
             "model=NAME@ALIAS of the registry"
         )
-    if "port" in given and not given["port"].isdigit():
+    if "port" in given and not given["port"].isdecimal():
         raise ConfigError(f"port={given['port']}: must be a whole number")
     return given
 

@@ -180,6 +180,8 @@ def test_a_folder_of_the_users_own_is_given_with_an_option(
 
 def test_the_option_for_a_folder_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "plan", "job=mnist", "--config-dir") == "--config-dir needs a folder"
+    text = refused(capsys, "plan", "job=mnist", "--config-dir=a", "--config-dir", "b")
+    assert text == "--config-dir=b: a is given already, and one is possible"
 
 
 def test_submit_is_for_existing_clusters_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ their own (hosts.py). What is compared, and how, is in judge.py.
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import shutil
@@ -29,8 +30,9 @@ from orchestrator.runs import merge_overrides
 from orchestrator.spec.chaos import FaultName
 from orchestrator.spec.config import load_config
 from orchestrator.spec.host import local_host
-from orchestrator.spec.overrides import key_of
+from orchestrator.spec.overrides import key_of, quoted
 from orchestrator.spec.schema import ClusterName, RunConfig
+from orchestrator.weights import find_weights
 
 # What a job of many faults needs in place of its own; the command line goes before it.
 _DEFAULTS = (
@@ -77,12 +79,12 @@ def chaos(
     start = time.monotonic()
     parent = (cwd / config.runs_dir).resolve() / config.job.name
     folder = parent / f"chaos-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    folder.mkdir(parents=True)
     arguments = [*given, *([f"--config-dir={config_dir}"] if config_dir is not None else [])]
     steps = _MARGIN_STEPS + _num_steps(faults)
     if config.train.steps is not None and "train.steps" in map(key_of, overrides):
         steps = config.train.steps
-    arguments = merge_overrides(arguments, ["train.epochs=null", f"train.steps={steps}"])
+    arguments = merge_overrides(arguments, shortened(config, steps, cwd))
+    folder.mkdir(parents=True)
     trial = Trial(config, arguments, steps, cwd, folder, make_command)
     _tell(config, overrides, faults, steps)
     undisturbed = trial.undisturbed()
@@ -116,6 +118,16 @@ def _with_defaults(overrides: list[str]) -> list[str]:
     return merge_overrides(defaults, overrides)
 
 
+def shortened(config: RunConfig, steps: int, cwd: Path) -> list[str]:
+    """Return what lets a job be trained for so few steps, below another folder."""
+    changes = ["train.epochs=null", f"train.steps={steps}"]
+    if config.schedule.warmup_steps >= steps:
+        changes.append(f"schedule.warmup_steps={steps // 2}")
+    if (init_from := find_weights(config, cwd)) is not None:
+        changes.append(f"train.init_from={quoted(init_from)}")
+    return changes
+
+
 def _refuse_cluster(name: str) -> None:
     if name != ClusterName.local.value:
         raise ConfigError(
@@ -136,10 +148,18 @@ def _refuse(config: RunConfig, cwd: Path) -> None:
     if not _chosen(config):
         raise ConfigError("chaos.faults=[]: name at least one fault, or set chaos.full=true")
     report = config.chaos.report
-    if report is not None and (cwd / report).is_dir():
-        raise ConfigError(
-            f"chaos.report={report}: {cwd / report} is a folder; name a Markdown file, or null"
-        )
+    if report is not None and (reason := _why_not(cwd / report)):
+        raise ConfigError(f"chaos.report={report}: {reason}; name a Markdown file, or null")
+
+
+def _why_not(report: Path) -> str:
+    """Say why a report cannot be written; nothing if it can."""
+    if report.is_dir():
+        return f"{report} is a folder"
+    there = next(path for path in (report, *report.parents) if path.exists())
+    if there != report and not there.is_dir():
+        return f"{there} is no folder"
+    return "" if os.access(there, os.W_OK) else f"{there} cannot be written"
 
 
 def _chosen(config: RunConfig) -> list[FaultName]:

@@ -165,7 +165,7 @@ def _dial(address: str, name: str = "cluster.address") -> None:
         )
     if not (colon or name == "RAY_ADDRESS"):
         return
-    if "://" in address or not port.isdigit():
+    if "://" in address or not port.isdecimal():
         url = urllib.parse.urlsplit(address)
         head = url.hostname if "://" in address and url.hostname else "HEAD"
         raise ClusterError(

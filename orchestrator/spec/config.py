@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -277,6 +278,11 @@ def _finish(composed: Any, overrides: list[str], folders: list[Path]) -> tuple[R
         OmegaConf.resolve(composed)
     config = _to_dataclass(composed, overrides)
     config.code_dirs = [str(folder) for folder in [PROJECT_DIR, *folders[1:]]]
+    # A shell that is not asked to, such as make's, leaves a `~` behind an equals sign.
+    config.runs_dir = os.path.expanduser(config.runs_dir)
+    config.data.cache_dir = os.path.expanduser(config.data.cache_dir)
+    config.data.path = config.data.path and os.path.expanduser(config.data.path)
+    config.train.init_from = config.train.init_from and os.path.expanduser(config.train.init_from)
     validate(config)
     return config, text
 

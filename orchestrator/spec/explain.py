@@ -32,6 +32,8 @@ def explain(
     text = "\n".join(str(item) for item in chain)
     if match := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, name = match.groups()
+        if group not in names:
+            return f"{group}={name}: there is no group {group}; there are {', '.join(names)}"
         return (
             f"{group}={name}: there is no such {group}{_nearest(name, names[group])}; "
             f"conf/{group}/ has {', '.join(names[group])}"
@@ -47,14 +49,17 @@ def explain(
     if unknown and "could not be converted" not in text:
         named = next(filter(None, unknown.groups()))
         key = full_key[1] if full_key and full_key[1].endswith(named.split(".")[-1]) else named
-        return f"{key}: there is no such key{nearest_key(key)}{_written_in(key, folders)}"
+        if unpackaged := _unpackaged(key, overrides, folders):
+            return unpackaged
+        told = f"{key}: there is no such key{nearest_key(key)}"
+        return told + _written_in(key, overrides, folders)
     if full_key:
         key = full_key[1]
         value = next((o.partition("=")[2] for o in overrides if key_of(o) == key), "")
         shown = f"{key}={value}" if value else key
         # One of OmegaConf's templates may be in the chain, with its `$VALUE` not filled in.
         said = next((item for item in reversed(chain) if "$" not in str(item)), chain[-1])
-        return f"{shown}: {_reason(said)}{_written_in(key, folders)}"
+        return f"{shown}: {_reason(said)}{_written_in(key, overrides, folders)}"
     return "\n".join(str(chain[-1]).strip().splitlines()[:_MAX_LINES])
 
 
@@ -113,11 +118,27 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _written_in(key: str, folders: list[Path]) -> str:
+def _job_files(overrides: list[str], folders: list[Path]) -> list[Path]:
+    """Return the user's own file of the job that is asked for."""
+    chosen = [o.partition("=")[2].strip("'\"") for o in overrides if key_of(o) == "job"]
+    files = [folder / "job" / f"{name}.yaml" for folder in folders[1:] for name in chosen[-1:]]
+    return [path for path in files if path.is_file()]
+
+
+def _unpackaged(key: str, overrides: list[str], folders: list[Path]) -> str:
+    """Explain that a job's file has no package line: all of its keys are looked for below `job`."""
+    for path in _job_files(overrides, folders) if key.startswith("job.") else []:
+        if not re.search(r"^#\s*@package\s+_global_", path.read_text(), re.MULTILINE):
+            return f"{key}: there is no such key; {path} needs the first line `# @package _global_`"
+    return ""
+
+
+def _written_in(key: str, overrides: list[str], folders: list[Path]) -> str:
     """Name the user's own file that has the key, if one does."""
     leaf = re.escape(key.rsplit(".", 1)[-1])
     for folder in reversed(folders[1:]):
-        for path in sorted([*folder.glob("job/*.yaml"), *folder.glob("*.yaml")]):
+        own = [path for path in _job_files(overrides, folders) if folder in path.parents]
+        for path in [*own, *sorted(folder.glob("*.yaml"))]:
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 if re.match(rf"\s*{leaf}\s*:", line):
                     return f" (in {path}:{number})"

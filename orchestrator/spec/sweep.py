@@ -55,7 +55,7 @@ def sweep_rules(config: RunConfig) -> Iterator[str]:
     sweep, halving = config.sweep, config.sweep.halving
     if sweep.name is not None and not _NAME.fullmatch(sweep.name):
         yield f"sweep.name={sweep.name!r}: only letters, digits, `_`, `-`, `.`; it names a folder"
-    if sweep.parallel != "auto" and not (sweep.parallel.isdigit() and int(sweep.parallel) >= 1):
+    if sweep.parallel != "auto" and not (sweep.parallel.isdecimal() and int(sweep.parallel) >= 1):
         yield f"sweep.parallel={sweep.parallel}: must be auto or a whole number from 1"
     if not sweep.max_children >= 1:
         yield f"sweep.max_children={sweep.max_children}: must be at least 1"

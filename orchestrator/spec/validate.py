@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from orchestrator.errors import ConfigError
 from orchestrator.spec.schema import (
@@ -54,7 +56,7 @@ def validate(config: RunConfig) -> None:
     Raises:
         ConfigError: every broken rule, a line each.
     """
-    errors = [
+    errors = list(_flat(config)) or [
         *_numbers(config),
         *_optimizer_numbers(config),
         *_strategy(config),
@@ -69,6 +71,16 @@ def validate(config: RunConfig) -> None:
     ]
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def _flat(section: Any, prefix: str = "") -> Iterator[str]:
+    """Refuse lists within lists, which no key has; arguments of a job may be anything."""
+    for field in dataclasses.fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value, f"{key}.")
+        elif isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+            yield f"{key}={value}: must be a list of single values"
 
 
 def _numbers(config: RunConfig) -> Iterator[str]:
@@ -177,7 +189,7 @@ def _strategy(config: RunConfig) -> Iterator[str]:
             f"strategy.num_workers={strategy.num_workers}, which is the most that a run has"
         )
     devices = strategy.devices_per_worker
-    if devices != "auto" and not (devices.isdigit() and int(devices) >= 1):
+    if devices != "auto" and not (devices.isdecimal() and int(devices) >= 1):
         yield f"strategy.devices_per_worker={devices}: must be auto or a whole number from 1"
     elif strategy.name is StrategyName.one_device and devices != "1":
         yield f"strategy.devices_per_worker={devices} with strategy=one_device: use mirrored"
@@ -228,7 +240,7 @@ def _lengths(config: RunConfig) -> Iterator[str]:
             "piecewise has them"
         )
     log = config.tracking.log_every_steps
-    if log != "auto" and not (log.isdigit() and int(log) >= 1):
+    if log != "auto" and not (log.isdecimal() and int(log) >= 1):
         yield f"tracking.log_every_steps={log}: must be auto or a whole number from 1"
 
 

@@ -21,6 +21,17 @@ def job_rules(config: RunConfig) -> Iterator[str]:
     if not module or not all(part.isidentifier() for part in name.split(".")):
         yield f"{key}: must be a dotted name such as jobs.mnist.Mnist"
         return
+    for own in map(Path, config.code_dirs[1:]):
+        if (
+            module.split(".")[0] == "jobs"
+            and _has(own, "jobs")
+            and own != Path(config.code_dirs[0])
+        ):
+            yield (
+                f"{key}: {own} has a package of its own that is called jobs, as that which comes "
+                "with the orchestrator, which would be imported instead: rename yours"
+            )
+            return
     folder = _folder_of(module, config.code_dirs)
     if folder is None:
         dirs = " or ".join(config.code_dirs[1:]) or "a folder given with --config-dir"
@@ -47,9 +58,13 @@ def _folder_of(module: str, code_dirs: list[str]) -> Path | None:
     """Return the trusted folder that a module belongs to."""
     top = module.split(".")[0]
     for own in map(Path, code_dirs[1:]):
-        if (own / f"{top}.py").is_file() or (own / top).is_dir():
+        if _has(own, top):
             return own
     return Path(code_dirs[0]) if top == "jobs" else None
+
+
+def _has(folder: Path, top: str) -> bool:
+    return (folder / f"{top}.py").is_file() or (folder / top).is_dir()
 
 
 def _arguments(classes: dict[str, ast.ClassDef], name: str, args: dict[str, Any]) -> Iterator[str]:

@@ -30,6 +30,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.errors import ConfigError
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.plan import Host, RunPlan, make_plan, split_evenly
 from orchestrator.spec.schema import (
@@ -206,6 +207,12 @@ def make_variants(config: RunConfig, *, num_gpus: int, has_batch_norm: bool) -> 
     wanted = [known[name] for name in VariantName if name in config.verify.variants]
     if has_batch_norm:
         wanted = [variant for variant in wanted if variant.micro_batches == 1]
+    if not wanted:
+        names = ",".join(name.value for name in config.verify.variants)
+        raise ConfigError(
+            f"verify.variants=[{names}]: a model with BatchNormalization computes something else "
+            "with micro-batches, and nothing else is left to compare: name another variant"
+        )
     references = [ONE_DEVICE]
     if any(variant.clipped for variant in wanted):
         references.append(ONE_DEVICE_CLIPPED)

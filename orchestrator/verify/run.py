@@ -21,7 +21,7 @@ from orchestrator.driver import clean_environment
 from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.spec.config import load_config
 from orchestrator.spec.messages import Substituted
-from orchestrator.spec.schema import ClusterName, RunConfig
+from orchestrator.spec.schema import ClusterName, RunConfig, VariantName
 from orchestrator.spec.variants import (
     ONE_DEVICE,
     ONE_DEVICE_CLIPPED,
@@ -36,6 +36,7 @@ from orchestrator.train import store
 from orchestrator.verify.runs import Run, Runs
 from orchestrator.verify.table import substitutions, table
 from orchestrator.verify.verdict import Verdict, judge, still_variables
+from orchestrator.weights import find_weights
 
 _NORM_STEPS = 5
 
@@ -71,8 +72,17 @@ def verify(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode
 
 
 def verify_with(config: RunConfig, zygote: Zygote | None, cwd: Path) -> ExitCode:
-    """Compare the cuts of a job, in processes forked from a zygote or started afresh."""
+    """Compare the cuts of a job, in processes forked from a zygote or started afresh.
+
+    Raises:
+        OrchestratorError: there is nothing to compare, or a run could not be made.
+    """
     start = time.monotonic()
+    if not config.verify.variants:
+        known = ", ".join(name.value for name in VariantName)
+        raise ConfigError(f"verify.variants=[]: name what is compared: {known}")
+    # Found once: the runs lie elsewhere, and so would a run of this name.
+    config.train.init_from = find_weights(config, cwd)
     folder = (cwd / config.runs_dir).resolve() / config.job.name / _folder_name()
     folder.mkdir(parents=True)
     runs = Runs(config, zygote, cwd, folder)

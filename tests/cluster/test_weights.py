@@ -53,6 +53,7 @@ def test_what_is_meant_must_be_said_and_there(one_device: Ended, tmp_path: Path)
         (["nothing", "to=x.weights.h5"], 4, "weights nothing: neither a run in"),
         ([str(one_device.run.root), "to=missing/x.weights.h5"], 2, "there is no folder"),
         ([str(one_device.run.root), f"to={tmp_path}"], 2, "is there already"),
+        ([str(one_device.run.root), "to=x.keras"], 2, "called x.weights.h5"),
     ):
         refused = convert(*arguments, cwd=tmp_path)
         assert refused.code == code and said in refused.out, refused.out

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from orchestrator.chaos.netns import why_not_here
-from orchestrator.chaos.run import chaos, why_no_hosts
+from orchestrator.chaos.run import chaos, shortened, why_no_hosts
 from orchestrator.control import folders, worker_process
 from orchestrator.control.launcher import Zygote
-from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.errors import ExitCode, OrchestratorError
 from orchestrator.spec.chaos import FaultName
+from orchestrator.spec.config import load_config
 from tests.faults.chaos_rig import MINE, CutOff, Here, planted
 from tests.plans import tiny_config
 
@@ -131,6 +132,18 @@ def test_a_cut_cable_and_a_lost_host_leave_the_same_as_no_fault(tmp_path: Path) 
     assert "2 faults, and the same weights and record" in done.stdout
 
 
+def test_a_job_is_shortened_to_the_steps_that_faults_take(tmp_path: Path) -> None:
+    config = load_config(["job=code_lm"])
+    assert config.schedule.warmup_steps == 100
+    weights = tmp_path / "a b.weights.h5"
+    weights.touch()
+    config.train.init_from = weights.name
+    short = load_config(["job=code_lm", *shortened(config, 100, tmp_path)])
+    assert (short.train.steps, short.schedule.warmup_steps) == (100, 50)
+    assert short.train.init_from == str(weights)
+    assert "warmup" not in "".join(shortened(config, 101, tmp_path))
+
+
 def test_faults_of_hosts_need_several_workers() -> None:
     assert why_no_hosts(tiny_config(chaos__full=True)).startswith("needs strategy=multi_worker")
     assert why_no_hosts(tiny_config(chaos__faults=[FaultName.kill])) == ""
@@ -143,6 +156,8 @@ def test_faults_of_hosts_need_several_workers() -> None:
         ("chaos.faults=[]", "name at least one"),
         ("chaos.report=.", "is a folder; name a Markdown file"),
         ("chaos.report=", "is a folder; name a Markdown file"),
+        ("chaos.report=/dev/null/report.md", "/dev/null is no folder"),
+        ("train.init_from=nothing", "neither a run in"),
         ("chaos.seed=-1", "at least 0"),
         ("chaos.step_ms=0", "greater than 0"),
         ("cluster=existing", "leave it out"),
@@ -151,6 +166,6 @@ def test_faults_of_hosts_need_several_workers() -> None:
     ],
 )
 def test_what_cannot_be_done_is_refused(override: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
+    with pytest.raises(OrchestratorError, match=re.escape(said)):
         chaos(["job=shaken", override], MINE, tmp_path)
     assert not (tmp_path / "runs").exists()

@@ -22,8 +22,8 @@ from tests.train.test_worker import live, only
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "jobs.md").read_text()
 # Examples further down stand on the first one.
-LATER_BLOCK = re.compile(r"^`(?:records|streams)/(\S+)`\n\n```\w+\n(.*?)^```$", re.M | re.DOTALL)
-BLOCK = re.compile(r"^`mine/(\S+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LATER_BLOCK = re.compile(r"^`mine/(wave_\S+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^`mine/(?!wave_)(\S+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def example() -> dict[str, str]:
@@ -117,10 +117,14 @@ def test_the_example_is_trained_by_the_command_from_an_outside_folder(tmp_path: 
 def test_the_examples_of_records_and_streams_are_trained_on_the_files_they_write(
     name: str, placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for file, text in {**example(), **dict(LATER_BLOCK.findall(PAGE))}.items():
-        if file.endswith(".py"):
-            (tmp_path / file).write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
+    mine = write_example(tmp_path / "mine")
+    for file, text in LATER_BLOCK.findall(PAGE):
+        (mine / file).write_text(text)
+    [given] = re.findall(
+        rf'^make train conf=waves args="--config-dir mine (.*{name}.*)"$', PAGE, re.M
+    )
+    assert load_config(["job=waves", *given.split()], mine).job.class_name == name
+    monkeypatch.syspath_prepend(mine)
     data = tmp_path / "data"
     try:
         importlib.import_module("wave_records").write(data)

@@ -505,6 +505,66 @@ def test_a_misspelt_key_in_a_file_is_told_with_file_and_line(own_dir: Path) -> N
     assert "train.epoch:" in text and "train.epochs" in text and f"{path}:10" in text, text
 
 
+def test_the_file_of_another_job_is_not_blamed(own_dir: Path) -> None:
+    for name in ("another", "own"):
+        text = OWN_JOB.replace("name: own", f"name: {name}")
+        path = own_dir / "job" / f"{name}.yaml"
+        path.write_text(f"{text}train:\n  epochs: {'3' if name == 'another' else 'many'}\n")
+    assert refusal(["job=own"], own_dir).endswith(f"(in {path}:10)")
+
+
+def test_a_group_that_is_not_there_is_told_with_those_that_are(own_dir: Path) -> None:
+    path = own_dir / "job" / "own.yaml"
+    path.write_text(OWN_JOB.replace("job:", "defaults:\n  - /model: resnet\njob:", 1))
+    text = refusal(["job=own"], own_dir)
+    assert "model=resnet: there is no group model; there are" in text and "strategy" in text
+
+
+def test_a_file_without_its_package_line_is_told_so(own_dir: Path) -> None:
+    path = own_dir / "job" / "own.yaml"
+    path.write_text(OWN_JOB.partition("\n")[2])
+    assert f"{path} needs the first line `# @package _global_`" in refusal(["job=own"], own_dir)
+
+
+@pytest.mark.parametrize("is_package", [True, False])
+def test_a_package_of_the_users_own_that_is_called_jobs_is_refused(
+    own_dir: Path, is_package: bool
+) -> None:
+    # Of two packages of one name Python finds the first, whichever was checked.
+    path = own_dir / ("jobs/mine.py" if is_package else "jobs.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(OWN_CODE)
+    name = "jobs.mine.Own" if is_package else "jobs.Own"
+    text = refusal(["job=own", f"job.class_name={name}"], own_dir)
+    assert name in text and str(own_dir) in text and "rename yours" in text
+    assert load_config(["job=own"], own_dir).job.class_name == "own_jobs.Own"
+
+
+@pytest.mark.parametrize(
+    "key", ["train.freeze", "schedule.factors", "verify.variants", "chaos.faults", "resume_allow"]
+)
+def test_a_list_within_a_list_is_refused(key: str) -> None:
+    text = refusal(["job=mnist", f"{key}=[[1]]"])
+    assert key in text and ("list" in text or "none of" in text), text
+
+
+def test_a_digit_that_is_no_number_is_refused() -> None:
+    for key in ("strategy.devices_per_worker", "tracking.log_every_steps", "sweep.parallel"):
+        assert f"{key}=²: must be auto or" in refusal(["job=mnist", f"{key}=²"])
+
+
+def test_a_folder_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = load_config(["job=mnist", "runs_dir=~/runs", "data.path=~/mnist.npz"])
+    assert (config.runs_dir, config.data.path) == ("/home/ann/runs", "/home/ann/mnist.npz")
+    assert config.data.cache_dir == "data"
+
+
+def test_ten_eager_steps_are_too_few_for_a_warm_up_and_have_none() -> None:
+    config = load_config(["job=code_lm", "debug=eager"])
+    assert (config.train.steps, config.schedule.warmup_steps) == (10, 0)
+
+
 def test_a_misspelt_strategy_in_a_file_is_told_with_the_nearest(own_dir: Path) -> None:
     defaults = "defaults:\n  - override /strategy: mirored\n"
     (own_dir / "job" / "own.yaml").write_text(OWN_JOB.replace("job:", f"{defaults}job:", 1))
@@ -595,7 +655,7 @@ def test_every_shipped_file_is_in_a_group_that_config_yaml_names() -> None:
     assert all(f"  - {group}: " in defaults for group in groups), groups
 
 
-@pytest.mark.parametrize("text", ["/tmp/é", "a,b", "it's", "x (1)", "~/runs", "a=b", "c:\\\\d'"])
+@pytest.mark.parametrize("text", ["/tmp/é", "a,b", "it's", "x (1)", "runs~", "a=b", "c:\\\\d'"])
 def test_a_text_may_hold_any_sign(text: str) -> None:
     assert load_config(["job=mnist", f"runs_dir={text}"]).runs_dir == text
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import keras
 import pytest
 
 from orchestrator.control.launcher import Zygote
-from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.errors import ConfigError, ExitCode, RestoreError
 from orchestrator.spec.config import load_config
 from orchestrator.spec.schema import OptimizerName
 from orchestrator.verify.run import verify, verify_with
@@ -139,7 +140,24 @@ def test_random_numbers_that_cannot_be_switched_off_are_told(run: Verify) -> Non
     assert "NOT off: shaky draws random numbers" in said.out
 
 
-@pytest.mark.parametrize("override", ["cluster=existing", "resume=latest"])
+def test_a_variant_that_a_job_leaves_out_is_no_proof(run: Verify) -> None:
+    with pytest.raises(ConfigError, match=r"=\[micro_batches\]: .* is left to compare"):
+        run("normalised", "verify.variants=[micro_batches]", "verify.steps=2")
+
+
+def test_all_begin_with_the_same_initial_weights(run: Verify, tmp_path: Path) -> None:
+    with pytest.raises(RestoreError, match=r"train\.init_from=nothing: neither a run in"):
+        run("small", "train.init_from=nothing")
+    # Below the folder that the command was called in, which is not that of its workers.
+    hidden = keras.layers.Dense(16, activation="relu")  # as the model of `small` is
+    model = keras.Sequential([keras.layers.Input((8,)), hidden, keras.layers.Dense(3)])
+    model.save_weights(str(tmp_path / "first.weights.h5"))
+    few = ("verify.variants=[mirrored]", "verify.steps=2")
+    said = run("small", "train.init_from=first.weights.h5", *few)
+    assert said.code is ExitCode.DONE, said.out
+
+
+@pytest.mark.parametrize("override", ["cluster=existing", "resume=latest", "verify.variants=[]"])
 def test_what_cannot_be_compared_here_is_refused(override: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         verify(["job=small", override], MINE, tmp_path)
