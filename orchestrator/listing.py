@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import ConfigError, ExitCode
+from orchestrator.errors import ConfigError, ExitCode, StorageError
 from orchestrator.lease import holder_of
 from orchestrator.spec.paths import RunPaths
 from orchestrator.track.journal import read
@@ -24,7 +25,7 @@ class Listed:
 
     Attributes:
         began: Unix seconds at which it was first started.
-        status: FINISHED, FAILED or KILLED; None if it never ended.
+        status: FINISHED, FAILED or KILLED, or UNREADABLE; None if it never ended.
         last_step: the last step done in its newest attempt.
         evaluated: metrics of each evaluation, by step.
         params: the configuration it was last started with, flattened.
@@ -101,16 +102,25 @@ def list_runs(arguments: list[str], cwd: Path) -> ExitCode:
         print(f"no runs in {folder}" + (f" of job {known['job']}" if known["job"] else ""))
         return ExitCode.DONE
     now = time.time()
-    rows = [(r.name, r.state(), f"{r.last_step:,}", r.result(), age(now - r.began)) for r in runs]
+    rows = [
+        (r.name, r.state(), f"{r.last_step:,}", r.result(), age(now - r.began) if r.began else "")
+        for r in runs
+    ]
     print(table([_HEADINGS, *rows]))
     return ExitCode.DONE
 
 
 def listed(paths: RunPaths) -> Listed:
-    """Return what a run's journal tells for its line."""
+    """Return what a run's journal tells for its line; one of another user may tell nothing."""
     run = Listed(paths)
-    for record in read(paths.journal):
-        run.observe(record)
+    try:
+        for record in read(paths.journal):
+            run.observe(record)
+    except StorageError:
+        run.status = "UNREADABLE"
+    if not run.began:  # its first start was ended before anything was on record
+        with contextlib.suppress(OSError):
+            run.began = paths.root.stat().st_mtime
     return run
 
 

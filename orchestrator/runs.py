@@ -158,7 +158,7 @@ def find_run(config: RunConfig, cwd: Path, read: ReadJournal) -> Past | None:
     """
     assert config.resume is not None
     jobs_dir = (cwd / config.runs_dir).resolve()
-    pasts = _runs_of(jobs_dir / config.job.name, read)
+    pasts = _runs_of(jobs_dir / config.job.name, read, config.resume)
     if config.resume not in ("latest", "auto"):
         return _readable(_named(config, jobs_dir, pasts, read))
     unfinished = [past for past in pasts if past.status != "FINISHED"]
@@ -187,9 +187,19 @@ def look_again(past: Past, config: RunConfig, read: ReadJournal) -> Past:
     return dataclasses.replace(again, notice=past.notice)
 
 
-def _runs_of(folder: Path, read: ReadJournal) -> list[Past]:
-    """Return the runs of a job, the newest first."""
-    pasts = [look_back(RunPaths(path.parent), read) for path in folder.glob("*/journal.jsonl")]
+def _runs_of(folder: Path, read: ReadJournal, resume: str | None) -> list[Past]:
+    """Return the runs of a job, the newest first.
+
+    Raises:
+        StorageError: one cannot be read, and it may be the one that `resume` means.
+    """
+    pasts = []
+    for path in folder.glob("*/journal.jsonl"):
+        try:
+            pasts.append(look_back(RunPaths(path.parent), read))
+        except StorageError:
+            if resume in ("latest", "auto", path.parent.name):
+                raise
     return sorted(pasts, key=lambda past: (past.start_time, past.name), reverse=True)
 
 
@@ -207,7 +217,7 @@ def _named(config: RunConfig, jobs_dir: Path, pasts: list[Past], read: ReadJourn
         if config.resume in (past.name, past.mlflow_run):
             return past
     for folder in sorted(jobs_dir.glob("*/")):
-        for past in _runs_of(folder, read) if folder.name != config.job.name else []:
+        for past in _runs_of(folder, read, config.resume) if folder.name != config.job.name else []:
             if config.resume in (past.name, past.mlflow_run):
                 raise RestoreError(
                     f"resume={config.resume} is a run of job {folder.name}, not of "

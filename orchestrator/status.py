@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -147,7 +148,8 @@ def find_run_folder(run: str, runs_dir: str, cwd: Path) -> RunPaths:
     for folder in (cwd / run, cwd / TOP_FOLDER / run, top / run):
         if _is_run(folder):
             return RunPaths(folder.resolve())
-    found = [path for path in top.glob(f"*/{run}") if _is_run(path)] if "/" not in run else []
+    named = top.glob(f"*/{glob.escape(run)}") if "/" not in run else []
+    found = [path for path in named if _is_run(path)]
     if len(found) == 1:
         return RunPaths(found[0])
     if found:

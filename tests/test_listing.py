@@ -54,6 +54,21 @@ def test_runs_are_listed_newest_first(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
 
 
+def test_a_journal_that_cannot_be_read_keeps_the_others_in_the_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(tmp_path, "mnist/a", block(0, 10), ENDED, began=time.time() - 100)
+    (tmp_path / "runs/mnist/b/journal.jsonl").mkdir(parents=True)  # as unreadable for root, too
+    torn = tmp_path / "runs/mnist/c/journal.jsonl"
+    torn.parent.mkdir()
+    torn.touch()  # killed before its first record
+    list_runs([], tmp_path)
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["mnist/a"][1:] == ["finished", "10", "2", "min"]
+    assert rows["mnist/b"][1:3] == ["unreadable", "0"]
+    assert (rows["mnist/c"][1], rows["mnist/c"][-1]) == ("died", "s")
+
+
 def test_the_best_value_is_told_where_the_run_has_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

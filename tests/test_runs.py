@@ -235,6 +235,17 @@ def test_an_unknown_run_is_told_when_there_are_none(tmp_path: Path) -> None:
         found_name(tmp_path, "first")
 
 
+def test_a_journal_that_cannot_be_read_stands_in_nobodys_way_but_its_own(tmp_path: Path) -> None:
+    paths = write_run(tmp_path, "first", STARTED)
+    paths.root.with_name("foreign").joinpath("journal.jsonl").mkdir(parents=True)
+    past = find_run(tiny_config(resume="first"), tmp_path, read)
+    assert past is not None and past.name == "first"
+    # It may be the newest one: another is not taken for it.
+    for resume in ("foreign", "latest", "auto"):
+        with pytest.raises(StorageError, match="foreign"):
+            find_run(tiny_config(resume=resume), tmp_path, read)
+
+
 def test_it_is_said_which_unfinished_run_was_chosen(tmp_path: Path) -> None:
     write_run(tmp_path, "20260101-000000-aaaa", STARTED)
     write_run(tmp_path, "20260102-000000-aaaa", STARTED, block(0, 1200), ended("KILLED"))

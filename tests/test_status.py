@@ -119,6 +119,11 @@ def test_runs_are_found_by_folder_path_and_name(tmp_path: Path) -> None:
     assert find_run_folder("a", str(tmp_path / "runs"), Path("/")) == paths
     with pytest.raises(ConfigError, match=r"newest there: tiny/a, other/b\); name its folder"):
         find_run_folder("c", "runs", tmp_path)
+    for pattern in ("*", "a**", "[a]"):  # a name, and no pattern of names
+        with pytest.raises(ConfigError, match="there is no such run"):
+            find_run_folder(pattern, "runs", tmp_path)
+    bracket = leave(tmp_path, "tiny/[a]", *STORY)
+    assert find_run_folder("[a]", "runs", tmp_path) == bracket
     leave(tmp_path, "other/a", *STORY)
     with pytest.raises(ConfigError, match=r"a is a run of several jobs: say .*tiny/a"):
         find_run_folder("a", "runs", tmp_path)

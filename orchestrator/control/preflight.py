@@ -140,11 +140,16 @@ def _disk_has_space(plan: RunPlan) -> Finding | None:
 def _data_path_exists(plan: RunPlan) -> Finding | None:
     if plan.data_path is None or plan.config.cluster.name is ClusterName.existing:
         return None
-    if Path(plan.data_path).exists():
+    try:
+        os.stat(plan.data_path)
         return None
+    except (FileNotFoundError, NotADirectoryError):
+        why = "there is nothing there"
+    except OSError as error:
+        why = f"it cannot be looked at: {error.strerror}"
     return Finding(
         f"data.path={plan.data_path}",
-        "there is nothing there",
+        why,
         "name the file or folder that holds the data, or leave data.path out",
         ConfigError,
     )

@@ -169,8 +169,16 @@ def _gone(job: str, error: Exception) -> ClusterError:
 
 
 def print_log(client: Any, job: str) -> None:
-    """Print what a job has printed so far."""
-    print(_RAYS_WORDS.sub("", client.get_job_logs(job)), end="", flush=True)
+    """Print what a job has printed so far.
+
+    Raises:
+        ClusterError: Ray has its log no more.
+    """
+    try:
+        text = client.get_job_logs(job)
+    except Exception as error:
+        raise _gone(job, error) from error
+    print(_RAYS_WORDS.sub("", text), end="", flush=True)
 
 
 def exit_code(client: Any, job: str) -> int:
@@ -274,8 +282,11 @@ def find(client: Any, run: str) -> Submitted:
 
 
 def run_folder(client: Any, job: str) -> str | None:
-    """Return the run folder that a job's driver has told; None if it has not yet."""
-    found = _FOLDER.search(client.get_job_logs(job))
+    """Return the run folder that a job's driver has told in its log, if it is there to be read."""
+    try:
+        found = _FOLDER.search(client.get_job_logs(job))
+    except Exception:  # Ray's client raises RuntimeError for whatever a lost node answers
+        return None
     return found[1].strip() if found else None
 
 

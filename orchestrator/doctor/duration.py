@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import StorageError
 from orchestrator.spec.paths import RunPaths
 from orchestrator.spec.plan import RunPlan
 from orchestrator.track.journal import read
@@ -77,8 +78,11 @@ def expected_duration(plan: RunPlan, params: Mapping[str, str]) -> str:
     wanted = _cut(params)
     for path in journals[:_MOST_RUNS]:
         pace = Pace()
-        for record in read(path):
-            pace.observe(record)
+        try:
+            for record in read(path):
+                pace.observe(record)
+        except StorageError:
+            continue  # somebody else's
         rate = pace.steps_per_s()
         if rate and _cut(pace.params) == wanted:
             return _in_words(plan, pace, rate, RunPaths(path.parent).root.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import shutil
 import sys
@@ -159,7 +160,7 @@ def _begin_with(plan: RunPlan, cwd: Path) -> tuple[RunPlan, Finding | str | None
 
 def _taken(root: Path) -> Finding | str:
     """Refuse the name of a run that exists."""
-    if not root.exists():
+    if not os.path.exists(root):  # also where it cannot be looked at
         return root.name
     return Finding(
         f"run_name={root.name}: {root} exists already",
@@ -172,7 +173,7 @@ def _taken(root: Path) -> Finding | str:
 @contextmanager
 def _run_folder(root: Path) -> Iterator[Finding | None]:
     """Make a run folder to try things in; remove it, and what had to be made above it."""
-    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    made = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
     missing = None
     try:
         root.mkdir(parents=True)
@@ -231,7 +232,7 @@ def _tracking(plan: RunPlan) -> Finding | str | None:
     from orchestrator.track.mlflow_reach import obstacle
 
     uri = plan.tracking_uri
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
         return "the first run makes it"
     found = obstacle(uri, plan.config.tracking.timeout_s)
     if found is None:

@@ -55,9 +55,10 @@ def _normal(override: str, texts: set[str], sweeping: bool) -> str:
         raise ConfigError(f"{override}: an override is KEY=VALUE, such as train.epochs=3")
     if key.lstrip("+~").partition(".")[0] in _INTERNAL:
         raise ConfigError(f"{override}: there is no such key; `orchestrator config` prints all")
-    if key in GROUPS:
+    are_several = sweeping and re.search(r"[,(]", value)
+    if key in GROUPS and not are_several:
         return f"{key}={_choice(key, value)}"
-    if key in texts and not (sweeping and re.search(r"[,(]", value)):
+    if key in texts and not are_several:
         return f"{key}={_text(value)}"
     # Constructor arguments may be given that no file names.
     return f"++{override}" if key.startswith(_FREE_SECTION) else override

@@ -156,7 +156,8 @@ def read_sweep(root: Path) -> Sweep:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
-            f"{paths.sweep} cannot be read: {error!r}; remove the folder to begin again"
+            f"{paths.sweep} cannot be read: {error!r}; remove the folder and the runs of its "
+            f"children ({root.name}-…) to begin again"
         ) from error
 
 
@@ -179,6 +180,7 @@ def write_sweep(sweep: Sweep, texts: Sequence[str]) -> None:
         texts: the configuration of each child, YAML.
 
     Raises:
+        ConfigError: it is there already.
         StorageError: it cannot be made.
     """
     root = sweep.paths.root
@@ -203,6 +205,10 @@ def write_sweep(sweep: Sweep, texts: Sequence[str]) -> None:
         aside.root.rename(root)
     except OSError as error:
         shutil.rmtree(aside.root, ignore_errors=True)
+        if root.exists():
+            raise ConfigError(
+                f"sweep.name={root.name}: {root} is there already; choose another name"
+            ) from error
         raise StorageError(
             f"cannot make the folder {root}: {error.strerror}; set runs_dir to a folder that can "
             "be written"

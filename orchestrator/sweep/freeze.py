@@ -72,6 +72,13 @@ def freeze_sweep(overrides: list[str], config_dir: Path | None, cwd: Path) -> Sw
         found := find_sweep(overrides, config_dir, root)
     ):
         return found
+    for plan in plans:
+        # A child that finds a run there would go on with it, or take it for its own result.
+        if plan.paths.root.exists():
+            raise ConfigError(
+                f"sweep.name={name}: {plan.paths.root} exists already, and is none of this sweep; "
+                "choose another name, or remove the runs of the earlier one"
+            )
     sweep, texts = _frozen(choices, plans, texts, machine, SweepPaths(root / SWEEPS / name))
     sweep = dataclasses.replace(
         sweep,

@@ -63,6 +63,12 @@ def sweep(overrides: list[str], config_dir: Path | None, cwd: Path) -> ExitCode:
     Raises:
         OrchestratorError: no child was started.
     """
+    for own in own_overrides(overrides):
+        if "{" in own:
+            raise ConfigError(
+                f"{own}: what says how a sweep is made is one plain value for each key, such as "
+                "sweep.halving.factor=3"
+            )
     stops = Stops()
     with stops, ExitStack() as stack:
         runs_dir = typed_runs_dir(overrides, cwd)

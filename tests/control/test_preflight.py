@@ -81,6 +81,12 @@ def test_data_that_is_not_there_is_refused_with_the_key(tmp_path: Path) -> None:
     assert f"data.path={tmp_path / 'missing'}" in str(refusal.value)
 
 
+def test_data_that_cannot_be_looked_at_is_refused_with_the_reason(tmp_path: Path) -> None:
+    plan = plan_with_folder(tmp_path, data__path="a" * 300)
+    with pytest.raises(ConfigError, match="it cannot be looked at: File name too long"):
+        run_checks(plan)
+
+
 def test_data_that_is_there_passes(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     run_checks(plan_with_folder(tmp_path, data__path="mine"))

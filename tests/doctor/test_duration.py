@@ -46,6 +46,12 @@ def expected(folder: Path, **changes: Any) -> str:
     return expected_duration(plan, flatten(plan.config))
 
 
+def test_a_journal_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    leave(tmp_path, "before")
+    (tmp_path / "runs/tiny/foreign/journal.jsonl").mkdir(parents=True)
+    assert "as before did" in expected(tmp_path)
+
+
 def test_a_job_that_never_ran_takes_an_unknown_time(tmp_path: Path) -> None:
     assert expected(tmp_path) == "unknown: tiny has not run here yet"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from orchestrator.spec.schema import BestConfig, BestMode
 from orchestrator.sweep.folder import Child, Sweep, find_sweep, read_sweep, write_sweep
 from orchestrator.sweep.freeze import freeze_sweep
 from orchestrator.sweep.halving import is_behind, rungs, value_at
+from orchestrator.sweep.run import sweep as run_sweep
 from orchestrator.sweep.state import keep_stopped, states_of
 from orchestrator.sweep.table import best_of, csv_table, markdown, text_table
 from orchestrator.track.journal import Journal
@@ -134,7 +136,7 @@ def test_a_sweep_that_cannot_be_read_stands_in_nobodys_way_but_its_own(
     told: list[str] = []
     assert find_sweep(OVERRIDES, own, tmp_path / "runs", told.append) == sweep
     assert len(told) == 1 and f"{broken}/sweep.json cannot be read" in told[0]
-    with pytest.raises(StorageError, match="remove the folder to begin again"):
+    with pytest.raises(StorageError, match="remove the folder and the runs of its"):
         find_sweep([*OVERRIDES, "sweep.name=broken"], own, tmp_path / "runs")
 
 
@@ -142,6 +144,29 @@ def test_the_name_of_another_sweep_is_refused(tmp_path: Path, own: Path) -> None
     freeze_sweep([*OVERRIDES, "sweep.name=first"], own, tmp_path)
     with pytest.raises(ConfigError, match=r"^sweep.name=first: this sweep was begun with other"):
         find_sweep(["job=small", "train.seed=3,4", "sweep.name=first"], own, tmp_path / "runs")
+
+
+def test_runs_of_an_earlier_sweep_are_not_taken_for_children(tmp_path: Path, own: Path) -> None:
+    named = [*OVERRIDES, "sweep.name=first"]
+    first = freeze_sweep(named, own, tmp_path)
+    leave(first, 0, ended())
+    shutil.rmtree(first.paths.root)  # begun again, as a broken one is
+    with pytest.raises(ConfigError, match=r"sweep\.name=first: \S+/first-01 exists already"):
+        freeze_sweep(named, own, tmp_path)
+    assert first.run_of(first.children[0]).journal.exists()
+
+
+def test_jobs_may_be_given_as_files(tmp_path: Path) -> None:
+    files = "job=conf/job/mnist.yaml,conf/job/mnist_cnn.yaml"
+    sweep = freeze_sweep([files, "train.seed=1,2"], None, tmp_path)
+    assert [child.job for child in sweep.children] == ["mnist", "mnist", "mnist_cnn", "mnist_cnn"]
+
+
+@pytest.mark.parametrize("own", ["sweep.halving={factor:3,first:0.2}", "sweep.name=${oc.env:HOME}"])
+def test_keys_of_the_sweep_itself_are_plain_values(tmp_path: Path, own: str) -> None:
+    with pytest.raises(ConfigError, match="one plain value for each key"):
+        run_sweep(["job=mnist", "train.seed=1,2", own], None, tmp_path)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_errors_of_all_children_are_told_at_once(tmp_path: Path, own: Path) -> None:
