@@ -83,6 +83,7 @@ def chaos(
     steps = _MARGIN_STEPS + _num_steps(faults)
     if config.train.steps is not None and "train.steps" in map(key_of, overrides):
         steps = config.train.steps
+    _refuse_warmup(config, overrides, steps)
     arguments = merge_overrides(arguments, shortened(config, steps, cwd))
     folder.mkdir(parents=True)
     trial = Trial(config, arguments, steps, cwd, folder, make_command)
@@ -150,6 +151,16 @@ def _refuse(config: RunConfig, cwd: Path) -> None:
     report = config.chaos.report
     if report is not None and (reason := _why_not(cwd / report)):
         raise ConfigError(f"chaos.report={report}: {reason}; name a Markdown file, or null")
+
+
+def _refuse_warmup(config: RunConfig, overrides: list[str], steps: int) -> None:
+    """Refuse a warm-up that the user asks for and that cannot be had; a job's own is shortened."""
+    asked = config.schedule.warmup_steps
+    if asked >= steps and "schedule.warmup_steps" in map(key_of, overrides):
+        raise ConfigError(
+            f"schedule.warmup_steps={asked} is not shorter than the {steps:,} steps that chaos "
+            "trains; set fewer, leave it out, or set train.steps"
+        )
 
 
 def _why_not(report: Path) -> str:

@@ -158,6 +158,7 @@ def test_faults_of_hosts_need_several_workers() -> None:
         ("chaos.report=", "is a folder; name a Markdown file"),
         ("chaos.report=/dev/null/report.md", "/dev/null is no folder"),
         ("train.init_from=nothing", "neither a run in"),
+        ("schedule.warmup_steps=5000", "is not shorter than the 360 steps that chaos trains"),
         ("chaos.seed=-1", "at least 0"),
         ("chaos.step_ms=0", "greater than 0"),
         ("cluster=existing", "leave it out"),
