@@ -157,6 +157,8 @@ def test_faults_of_hosts_need_several_workers() -> None:
         ("chaos.report=.", "is a folder; name a Markdown file"),
         ("chaos.report=", "is a folder; name a Markdown file"),
         ("chaos.report=/dev/null/report.md", "/dev/null is no folder"),
+        (f"chaos.report={'a' * 300}.md", "File name too long"),
+        (f"chaos.report={sys.executable}", "can't decode"),
         ("train.init_from=nothing", "neither a run in"),
         ("schedule.warmup_steps=5000", "is not shorter than the 360 steps that chaos trains"),
         ("chaos.seed=-1", "at least 0"),
