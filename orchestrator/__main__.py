@@ -119,7 +119,7 @@ def _run(verb: str, rest: list[str]) -> int:
 def _one_folder(before: Path | None, folder: str) -> Path:
     if before is not None:
         raise ConfigError(f"--config-dir={folder}: {before} is given already, and one is possible")
-    return Path(folder)
+    return Path(os.path.expanduser(folder))
 
 
 def _split_options(rest: list[str]) -> tuple[list[str], Path | None]:
@@ -260,7 +260,7 @@ def _ui(overrides: list[str], config_dir: Path | None) -> int:
     from orchestrator.track.mlflow_ui import open_ui
 
     asked = known["tracking.uri"]
-    root = Path.cwd() / known["runs_dir"]
+    root = Path.cwd() / os.path.expanduser(known["runs_dir"])
     uri = resolve_uri(asked) if asked else f"sqlite:///{root / 'mlflow.db'}"
     port = int(known["port"]) if known["port"] else None
     return open_ui(

@@ -53,7 +53,7 @@ def convert(arguments: list[str], config_dir: Path | None, cwd: Path) -> None:
     given = [a for a in arguments if "=" in a and not a.startswith("to=")]
     if len(names) != 1 or len(targets) != 1 or not targets[0]:
         raise ConfigError(_USAGE)
-    target = (cwd / targets[0]).resolve()
+    target = (cwd / os.path.expanduser(targets[0])).resolve()
     if target.exists():
         raise ConfigError(f"to={targets[0]}: is there already; choose another name, or remove it")
     if target.suffix in (".h5", ".keras") and not target.name.endswith(KERAS_FILE):

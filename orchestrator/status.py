@@ -144,7 +144,7 @@ def find_run_folder(run: str, runs_dir: str, cwd: Path) -> RunPaths:
     Raises:
         ConfigError: there is none, or several jobs have one of this name.
     """
-    top = (cwd / runs_dir).resolve()
+    top = (cwd / os.path.expanduser(runs_dir)).resolve()
     for folder in (cwd / run, cwd / TOP_FOLDER / run, top / run):
         if _is_run(folder):
             return RunPaths(folder.resolve())

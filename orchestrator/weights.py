@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def find_source(asked: str, runs: str, cwd: Path, key: str = "train.init_from=")
     Raises:
         RestoreError: nothing usable is there; the message lists what could have been meant.
     """
-    runs_dir = (cwd / runs).resolve()
-    path = (cwd / asked).resolve()
+    runs_dir = (cwd / os.path.expanduser(runs)).resolve()
+    path = (cwd / os.path.expanduser(asked)).resolve()
     asked, name = f"{key}{asked}", asked
     if path.name.endswith(KERAS_FILE) and path.is_file():
         return str(path)

@@ -178,6 +178,14 @@ def test_a_folder_of_the_users_own_is_given_with_an_option(
     assert "  name: small\n  class_name: jobs.mnist.Mnist\n" in capsys.readouterr().out
 
 
+def test_a_folder_of_the_users_own_may_begin_with_the_home_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    text = refused(capsys, "plan", "job=mnist", "--config-dir=~/own")
+    assert text == f"--config-dir={folder / 'own'}: there is no such folder"
+
+
 def test_the_option_for_a_folder_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "plan", "job=mnist", "--config-dir") == "--config-dir needs a folder"
     text = refused(capsys, "plan", "job=mnist", "--config-dir=a", "--config-dir", "b")

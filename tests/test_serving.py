@@ -37,6 +37,19 @@ def test_a_run_is_named_by_folder_job_and_run_or_run(tmp_path: Path, spelling: s
     assert find_run(spelling, tmp_path / "runs", tmp_path).root == paths.root
 
 
+def test_a_folder_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = run_in(tmp_path, "mnist", "one")
+    assert find_run("~/runs/mnist/one", tmp_path / "else", tmp_path / "else").root == paths.root
+    elsewhere = tmp_path / "mine"
+    said = refusal("run=other", "runs_dir=~/runs", cwd=elsewhere)
+    assert f"there is no such run in {tmp_path / 'runs'}" in said
+    with pytest.raises(ConfigError, match=f"{tmp_path}/nothing/mlflow.db does not exist"):
+        _ui(["runs_dir=~/nothing"], None)
+
+
 def test_a_name_that_two_jobs_have_is_refused(tmp_path: Path) -> None:
     for job in ("mnist", "gan"):
         run_in(tmp_path, job, "one")

@@ -111,12 +111,16 @@ def test_a_run_that_has_ended_is_told_with_its_cause(
     assert "tiny/a: failed, no luck, since" in capsys.readouterr().out
 
 
-def test_runs_are_found_by_folder_path_and_name(tmp_path: Path) -> None:
+def test_runs_are_found_by_folder_path_and_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = leave(tmp_path, "tiny/a", *STORY)
     leave(tmp_path, "other/b", *STORY)
     for name in (str(paths.root), "runs/tiny/a", "tiny/a", "a"):
         assert find_run_folder(name, "runs", tmp_path) == paths
     assert find_run_folder("a", str(tmp_path / "runs"), Path("/")) == paths
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_run_folder("a", "~/runs", Path("/")) == paths
     with pytest.raises(ConfigError, match=r"newest there: tiny/a, other/b\); name its folder"):
         find_run_folder("c", "runs", tmp_path)
     for pattern in ("*", "a**", "[a]"):  # a name, and no pattern of names

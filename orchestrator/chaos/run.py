@@ -83,6 +83,7 @@ def chaos(
     steps = _MARGIN_STEPS + _num_steps(faults)
     if config.train.steps is not None and "train.steps" in map(key_of, overrides):
         steps = config.train.steps
+    _refuse_warmup(config, overrides, steps)
     arguments = merge_overrides(arguments, shortened(config, steps, cwd))
     folder.mkdir(parents=True)
     trial = Trial(config, arguments, steps, cwd, folder, make_command)
@@ -152,11 +153,26 @@ def _refuse(config: RunConfig, cwd: Path) -> None:
         raise ConfigError(f"chaos.report={report}: {reason}; name a Markdown file, or null")
 
 
+def _refuse_warmup(config: RunConfig, overrides: list[str], steps: int) -> None:
+    """Refuse a warm-up that the user asks for and that cannot be had; a job's own is shortened."""
+    asked = config.schedule.warmup_steps
+    if asked >= steps and "schedule.warmup_steps" in map(key_of, overrides):
+        raise ConfigError(
+            f"schedule.warmup_steps={asked} is not shorter than the {steps:,} steps that chaos "
+            "trains; set fewer, leave it out, or set train.steps"
+        )
+
+
 def _why_not(report: Path) -> str:
     """Say why a report cannot be written; nothing if it can."""
-    if report.is_dir():
-        return f"{report} is a folder"
-    there = next(path for path in (report, *report.parents) if path.exists())
+    try:
+        if report.is_dir():
+            return f"{report} is a folder"
+        there = next(path for path in (report, *report.parents) if path.exists())
+        if there.is_file():
+            there.read_text(encoding="utf-8")  # sections of other jobs are kept
+    except (OSError, UnicodeDecodeError) as error:
+        return str(error)
     if there != report and not there.is_dir():
         return f"{there} is no folder"
     return "" if os.access(there, os.W_OK) else f"{there} cannot be written"
@@ -215,8 +231,14 @@ def _conclude(certificate: Certificate, config: RunConfig, cwd: Path, folder: Pa
     print()
     print("\n".join(lines(certificate)))
     print()
+    code = _verdict(certificate, folder)
+    # Last: what was found is told also if the report cannot be written.
     if config.chaos.report is not None:
         write_report(cwd / config.chaos.report, certificate)
+    return code
+
+
+def _verdict(certificate: Certificate, folder: Path) -> ExitCode:
     count = sum(not row.not_run for row in certificate.rows)
     if certificate.is_clean:
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from orchestrator.chaos.judge import Difference
 from orchestrator.chaos.storm import Row
+from orchestrator.errors import StorageError
 
 _HEADER = ("fault", "at step", "seen", "fenced", "resumed", "lost", "")
 _TITLE = """# Reliability
@@ -109,14 +110,26 @@ def lines(certificate: Certificate) -> list[str]:
 
 
 def write_report(path: Path, certificate: Certificate) -> None:
-    """Put the section of a job into a report, in place of its last one."""
-    text = path.read_text() if path.exists() else _TITLE
+    """Put the section of a job into a report, in place of its last one.
+
+    Raises:
+        StorageError: it cannot be read or written.
+    """
+    try:
+        _rewrite(path, certificate)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"chaos.report: {path} cannot be written: {error}") from error
+
+
+def _rewrite(path: Path, certificate: Certificate) -> None:
+    text = path.read_text(encoding="utf-8") if path.exists() else _TITLE
     start, *sections = re.split(r"(?m)^(?=## )", text)
     heading = f"## {certificate.job}\n"
     sections = [section for section in sections if not section.startswith(heading)]
     sections = sorted([*sections, _section(certificate)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(part.strip() for part in (start, *sections)) + "\n")
+    whole = "\n\n".join(part.strip() for part in (start, *sections)) + "\n"
+    path.write_text(whole, encoding="utf-8")
 
 
 def _section(certificate: Certificate) -> str:

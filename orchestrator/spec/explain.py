@@ -128,7 +128,7 @@ def _job_files(overrides: list[str], folders: list[Path]) -> list[Path]:
 def _unpackaged(key: str, overrides: list[str], folders: list[Path]) -> str:
     """Explain that a job's file has no package line: all of its keys are looked for below `job`."""
     for path in _job_files(overrides, folders) if key.startswith("job.") else []:
-        if not re.search(r"^#\s*@package\s+_global_", path.read_text(), re.MULTILINE):
+        if not re.match(r"(\s*#.*\n)*?\s*#\s*@package\s+_global_", path.read_text()):
             return f"{key}: there is no such key; {path} needs the first line `# @package _global_`"
     return ""
 

@@ -128,7 +128,8 @@ def find_sweep(
 def typed_runs_dir(overrides: Sequence[str], cwd: Path) -> Path:
     """Return the folder of runs that a command line names, or the default one."""
     named = [text.partition("=")[2] for text in overrides if key_of(text) == "runs_dir"]
-    return (cwd / (named[-1].strip("'\"") if named else DEFAULT_RUNS_DIR)).resolve()
+    folder = named[-1].strip("'\"") if named else DEFAULT_RUNS_DIR
+    return (cwd / os.path.expanduser(folder)).resolve()
 
 
 def read_sweep(root: Path) -> Sweep:

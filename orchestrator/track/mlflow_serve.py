@@ -148,7 +148,7 @@ def _version(client: Any, model: str) -> str:
     if not separator:
         return f"{name}/{numbers[-1]}"
     if separator == "/":
-        if wanted.isdigit() and int(wanted) in numbers:
+        if wanted.isdecimal() and int(wanted) in numbers:
             return f"{name}/{wanted}"
         shown = ", ".join(str(number) for number in numbers[-10:])
         raise ConfigError(f"model={model}: {name} has no version {wanted}; it has {shown}")

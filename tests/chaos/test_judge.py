@@ -21,6 +21,7 @@ from orchestrator.chaos.scene import Scene
 from orchestrator.chaos.storm import Row
 from orchestrator.chaos.table import Certificate, lines, write_report
 from orchestrator.chaos.watch import Watch
+from orchestrator.errors import StorageError
 from orchestrator.spec.chaos import FaultName
 from orchestrator.spec.messages import DRIVER_KILLED
 from orchestrator.spec.paths import RunPaths
@@ -242,3 +243,10 @@ def test_a_report_keeps_the_last_section_of_each_job(tmp_path: Path) -> None:
     assert "old" not in text
     assert "| kill | 1 | 0.04 | 0.10 | 1.23 | 10 | the same |" in text
     assert "| cut | 0 |  |  |  |  | not run: one node |" in text
+
+
+def test_a_report_that_cannot_be_written_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "RELIABILITY.md"
+    with pytest.raises(StorageError, match=rf"chaos\.report: {path} cannot be written"):
+        write_report(path, certificate())

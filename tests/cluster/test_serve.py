@@ -99,6 +99,7 @@ def test_the_model_is_registered_with_its_alias(run: Any, client: Any) -> None:
         ("blob", "did you mean blobs?"),
         ("blobs@champ", "its aliases: champion"),
         ("blobs/2", "it has 1"),
+        ("blobs/²", "it has 1"),
         ("models:/m-0123", "not found"),
     ],
 )

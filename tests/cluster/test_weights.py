@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from orchestrator.errors import RestoreError
 from orchestrator.train import store
+from orchestrator.weights import find_source
 from tests.cluster import rig
 from tests.cluster.rig import MINE, Ended
 
@@ -52,8 +55,23 @@ def test_what_is_meant_must_be_said_and_there(one_device: Ended, tmp_path: Path)
         (["nothing"], 2, "`weights FROM to=TO` is known"),
         (["nothing", "to=x.weights.h5"], 4, "weights nothing: neither a run in"),
         ([str(one_device.run.root), "to=missing/x.weights.h5"], 2, "there is no folder"),
+        (
+            [str(one_device.run.root), "to=~/missing/x.weights.h5"],
+            2,
+            f"folder {Path.home()}/missing",
+        ),
         ([str(one_device.run.root), f"to={tmp_path}"], 2, "is there already"),
         ([str(one_device.run.root), "to=x.keras"], 2, "called x.weights.h5"),
     ):
         refused = convert(*arguments, cwd=tmp_path)
         assert refused.code == code and said in refused.out, refused.out
+
+
+def test_weights_may_lie_below_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.weights.h5").touch()
+    assert find_source("~/a.weights.h5", "runs", Path("/")) == str(tmp_path / "a.weights.h5")
+    with pytest.raises(RestoreError, match=f"neither a run in {tmp_path}/runs"):
+        find_source("nothing", "~/runs", Path("/"))

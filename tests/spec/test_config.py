@@ -522,8 +522,11 @@ def test_a_group_that_is_not_there_is_told_with_those_that_are(own_dir: Path) ->
 
 def test_a_file_without_its_package_line_is_told_so(own_dir: Path) -> None:
     path = own_dir / "job" / "own.yaml"
-    path.write_text(OWN_JOB.partition("\n")[2])
-    assert f"{path} needs the first line `# @package _global_`" in refusal(["job=own"], own_dir)
+    first, _, rest = OWN_JOB.partition("\n")
+    for text in (rest, f"{rest}{first}\n"):  # below the first key it counts for nothing
+        path.write_text(text)
+        said = refusal(["job=own"], own_dir)
+        assert f"{path} needs the first line `# @package _global_`" in said
 
 
 @pytest.mark.parametrize("is_package", [True, False])

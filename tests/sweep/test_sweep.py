@@ -14,7 +14,14 @@ from orchestrator.errors import ConfigError, StorageError
 from orchestrator.spec.config import load_kept
 from orchestrator.spec.paths import SweepPaths
 from orchestrator.spec.schema import BestConfig, BestMode
-from orchestrator.sweep.folder import Child, Sweep, find_sweep, read_sweep, write_sweep
+from orchestrator.sweep.folder import (
+    Child,
+    Sweep,
+    find_sweep,
+    read_sweep,
+    typed_runs_dir,
+    write_sweep,
+)
 from orchestrator.sweep.freeze import freeze_sweep
 from orchestrator.sweep.halving import is_behind, rungs, value_at
 from orchestrator.sweep.run import sweep as run_sweep
@@ -313,3 +320,10 @@ def test_values_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) ->
     curve = Curve(r"01 job.args.pattern='^\d+$' job.args.other='^\w+$'", [(1, 0.5), (2, 0.25)])
     draw_curves(tmp_path / "plot.png", [curve], "eval/loss")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_a_folder_of_runs_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert typed_runs_dir(["job=small", "runs_dir=~/runs"], Path("/")) == tmp_path / "runs"
