@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ def list_runs(arguments: list[str], cwd: Path) -> ExitCode:
         if not equals or key not in known:
             raise ConfigError(f"runs list: {argument}: takes runs_dir=FOLDER and job=NAME")
         known[key] = value
-    folder = (cwd / known["runs_dir"]).resolve()
+    folder = (cwd / os.path.expanduser(known["runs_dir"])).resolve()
     if not folder.is_dir():
         raise ConfigError(f"runs list: there is no folder {folder}; name it with runs_dir=")
     runs = [listed(RunPaths(path.parent)) for path in folder.glob("*/*/journal.jsonl")]

@@ -106,6 +106,15 @@ def test_jobs_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no runs in" in capsys.readouterr().out
 
 
+def test_a_folder_may_begin_with_the_home_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    leave(tmp_path, "mnist/a", began=time.time())
+    list_runs(["runs_dir=~/runs"], Path("/"))
+    assert "mnist/a" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [["jobs=mnist"], ["mnist"], ["runs_dir=nowhere"]])
 def test_what_is_not_known_is_refused(arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="runs_dir="):

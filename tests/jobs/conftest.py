@@ -1,4 +1,4 @@
-"""The logical devices of tests/train: both folders may run in one process."""
+"""The logical devices of tests/train: all these folders may run in one process."""
 
 from tests.train.conftest import four_devices
 
