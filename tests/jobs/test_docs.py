@@ -32,7 +32,8 @@ def example() -> dict[str, str]:
 
 
 def write_example(folder: Path) -> Path:
-    for name, text in example().items():
+    """Write the example, and those that stand on it."""
+    for name, text in [*example().items(), *LATER_BLOCK.findall(PAGE)]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -118,8 +119,6 @@ def test_the_examples_of_records_and_streams_are_trained_on_the_files_they_write
     name: str, placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = write_example(tmp_path / "mine")
-    for file, text in LATER_BLOCK.findall(PAGE):
-        (mine / file).write_text(text)
     [given] = re.findall(
         rf'^make train conf=waves args="--config-dir mine (.*{name}.*)"$', PAGE, re.M
     )
