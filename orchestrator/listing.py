@@ -50,7 +50,8 @@ class Listed:
             case "BlockDone" if record["worker"] == 0:
                 self.last_step = record["first_step"] + record["num_steps"]
             case "Evaluated":
-                self.evaluated[record["step"]] = record["metrics"]
+                numbers = {k: v for k, v in record["metrics"].items() if isinstance(v, int | float)}
+                self.evaluated[record["step"]] = numbers  # others were once told as text
             case "RunEnded":
                 self.status = record["status"]
 

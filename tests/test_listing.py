@@ -100,6 +100,15 @@ def test_steps_that_were_taken_back_do_not_count(
     assert " 24 " in capsys.readouterr().out
 
 
+def test_a_metric_that_was_recorded_as_text_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd: dict[str, Any] = {"kind": "Evaluated", "step": 1, "metrics": {"n": "tf.Tensor", "f1": 0.5}}
+    leave(tmp_path, "mnist/a", block(0, 1), odd, began=time.time())
+    list_runs([], tmp_path)
+    assert "f1 0.5" in capsys.readouterr().out
+
+
 def test_jobs_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     leave(tmp_path, "mnist/a", began=time.time())
     list_runs(["job=gan"], tmp_path)
