@@ -256,11 +256,12 @@ def _ui(overrides: list[str], config_dir: Path | None) -> int:
     if known["port"] and not known["port"].isdecimal():
         raise ConfigError(f"port={known['port']}: must be a whole number")
     from orchestrator.spec.config import resolve_uri
+    from orchestrator.spec.paths import typed_path
     from orchestrator.spec.plan import absolute_uri
     from orchestrator.track.mlflow_ui import open_ui
 
     asked = known["tracking.uri"]
-    root = Path.cwd() / os.path.expanduser(known["runs_dir"])
+    root = typed_path(known["runs_dir"], Path.cwd())
     uri = resolve_uri(asked) if asked else f"sqlite:///{root / 'mlflow.db'}"
     port = int(known["port"]) if known["port"] else None
     return open_ui(

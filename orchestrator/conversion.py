@@ -21,7 +21,7 @@ from orchestrator.runs import merge_overrides, read_overrides
 from orchestrator.spec.config import DEFAULT_RUNS_DIR, load_config
 from orchestrator.spec.host import local_host
 from orchestrator.spec.overrides import key_of
-from orchestrator.spec.paths import PROJECT_DIR, RunPaths
+from orchestrator.spec.paths import PROJECT_DIR, RunPaths, typed_path
 from orchestrator.spec.plan import make_plan
 from orchestrator.weights import KERAS_FILE, find_source
 
@@ -53,7 +53,7 @@ def convert(arguments: list[str], config_dir: Path | None, cwd: Path) -> None:
     given = [a for a in arguments if "=" in a and not a.startswith("to=")]
     if len(names) != 1 or len(targets) != 1 or not targets[0]:
         raise ConfigError(_USAGE)
-    target = (cwd / os.path.expanduser(targets[0])).resolve()
+    target = typed_path(targets[0], cwd)
     if target.exists():
         raise ConfigError(f"to={targets[0]}: is there already; choose another name, or remove it")
     if target.suffix in (".h5", ".keras") and not target.name.endswith(KERAS_FILE):

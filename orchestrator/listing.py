@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 
 from orchestrator.errors import ConfigError, ExitCode, StorageError
 from orchestrator.lease import holder_of
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import RunPaths, typed_path
 from orchestrator.track.journal import read
 
 _HEADINGS = ("run", "status", "steps", "result", "age")
@@ -94,7 +93,7 @@ def list_runs(arguments: list[str], cwd: Path) -> ExitCode:
         if not equals or key not in known:
             raise ConfigError(f"runs list: {argument}: takes runs_dir=FOLDER and job=NAME")
         known[key] = value
-    folder = (cwd / os.path.expanduser(known["runs_dir"])).resolve()
+    folder = typed_path(known["runs_dir"], cwd)
     if not folder.is_dir():
         raise ConfigError(f"runs list: there is no folder {folder}; name it with runs_dir=")
     runs = [listed(RunPaths(path.parent)) for path in folder.glob("*/*/journal.jsonl")]

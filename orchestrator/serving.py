@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from pathlib import Path
 
 from orchestrator.errors import ConfigError
 from orchestrator.spec.config import DEFAULT_RUNS_DIR, resolve_uri
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import RunPaths, typed_path
 from orchestrator.spec.plan import absolute_uri
 from orchestrator.track.journal import read
 
@@ -31,7 +30,7 @@ def serve(arguments: list[str], cwd: Path) -> int:
     given = _given(arguments)
     port = int(given["port"]) if "port" in given else None
     host = given.get("host", _LOOPBACK)
-    runs_dir = (cwd / os.path.expanduser(given.get("runs_dir", DEFAULT_RUNS_DIR))).resolve()
+    runs_dir = typed_path(given.get("runs_dir", DEFAULT_RUNS_DIR), cwd)
     if "run" in given:
         paths = find_run(given["run"], runs_dir, cwd)
         require_export(paths)
@@ -71,7 +70,7 @@ def find_run(run: str, runs_dir: Path, cwd: Path) -> RunPaths:
     Raises:
         ConfigError: there is none, or several jobs have a run of that name.
     """
-    for folder in (cwd / os.path.expanduser(run), runs_dir / run):
+    for folder in (typed_path(run, cwd), runs_dir / run):
         if RunPaths(folder).journal.exists():
             return RunPaths(folder.resolve())
     known = [path.parent for path in runs_dir.glob("*/*/journal.jsonl")]

@@ -15,7 +15,7 @@ from orchestrator.errors import ConfigError, ExitCode
 from orchestrator.lease import Holder, holder_of
 from orchestrator.listing import age
 from orchestrator.spec.messages import Cause, Phase
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import RunPaths, typed_path
 from orchestrator.terminal import duration, metrics_text, printable, size
 from orchestrator.track.failure import FirstFailure
 from orchestrator.track.goodput import Goodput
@@ -144,7 +144,7 @@ def find_run_folder(run: str, runs_dir: str, cwd: Path) -> RunPaths:
     Raises:
         ConfigError: there is none, or several jobs have one of this name.
     """
-    top = (cwd / os.path.expanduser(runs_dir)).resolve()
+    top = typed_path(runs_dir, cwd)
     for folder in (cwd / run, cwd / TOP_FOLDER / run, top / run):
         if _is_run(folder):
             return RunPaths(folder.resolve())

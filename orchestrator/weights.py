@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import glob
-import os
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RestoreError
-from orchestrator.spec.paths import RunPaths
+from orchestrator.spec.paths import RunPaths, typed_path
 from orchestrator.spec.schema import RunConfig
 from orchestrator.train import store
 
@@ -45,8 +44,8 @@ def find_source(asked: str, runs: str, cwd: Path, key: str = "train.init_from=")
     Raises:
         RestoreError: nothing usable is there; the message lists what could have been meant.
     """
-    runs_dir = (cwd / os.path.expanduser(runs)).resolve()
-    path = (cwd / os.path.expanduser(asked)).resolve()
+    runs_dir = typed_path(runs, cwd)
+    path = typed_path(asked, cwd)
     asked, name = f"{key}{asked}", asked
     if path.name.endswith(KERAS_FILE) and path.is_file():
         return str(path)

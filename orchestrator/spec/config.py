@@ -278,7 +278,7 @@ def _finish(composed: Any, overrides: list[str], folders: list[Path]) -> tuple[R
         OmegaConf.resolve(composed)
     config = _to_dataclass(composed, overrides)
     config.code_dirs = [str(folder) for folder in [PROJECT_DIR, *folders[1:]]]
-    # A shell that is not asked to, such as make's, leaves a `~` behind an equals sign.
+    # As spec/paths.py:typed_path does, but what is relative stays so.
     config.runs_dir = os.path.expanduser(config.runs_dir)
     config.data.cache_dir = os.path.expanduser(config.data.cache_dir)
     config.data.path = config.data.path and os.path.expanduser(config.data.path)

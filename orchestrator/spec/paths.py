@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,14 @@ PROJECT_DIR = Path(__file__).resolve().parents[2]
 # In every staging folder: the driver has made it. A library that makes missing folders, such as
 # TensorFlow for an attempt that is over, makes them without.
 STAGING_MARK = ".made-by-the-driver"
+
+
+def typed_path(text: str, cwd: Path) -> Path:
+    """Return the absolute path that a user has typed.
+
+    A shell that is not asked to, such as make's, leaves a `~` behind an equals sign.
+    """
+    return (cwd / os.path.expanduser(text)).resolve()
 
 
 @dataclass(frozen=True, slots=True)

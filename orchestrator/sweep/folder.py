@@ -12,7 +12,7 @@ from pathlib import Path
 from orchestrator.errors import ConfigError, StorageError
 from orchestrator.spec.config import DEFAULT_RUNS_DIR
 from orchestrator.spec.overrides import key_of
-from orchestrator.spec.paths import SWEEPS, RunPaths, SweepPaths
+from orchestrator.spec.paths import SWEEPS, RunPaths, SweepPaths, typed_path
 from orchestrator.spec.secrets import mask_overrides
 
 _FORMAT = 1
@@ -128,8 +128,7 @@ def find_sweep(
 def typed_runs_dir(overrides: Sequence[str], cwd: Path) -> Path:
     """Return the folder of runs that a command line names, or the default one."""
     named = [text.partition("=")[2] for text in overrides if key_of(text) == "runs_dir"]
-    folder = named[-1].strip("'\"") if named else DEFAULT_RUNS_DIR
-    return (cwd / os.path.expanduser(folder)).resolve()
+    return typed_path(named[-1].strip("'\"") if named else DEFAULT_RUNS_DIR, cwd)
 
 
 def read_sweep(root: Path) -> Sweep:
